@@ -1,0 +1,120 @@
+"""Functions: they check their arguments, say clearly what is wrong, and hand on to :mod:`dlkern.ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dlkern import activations
+from dlkern.kernels.activation import Activation
+from dlkern.ops import batch_norm_act as _batch_norm_act
+
+__all__ = ["batch_norm_act"]
+
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | nn.Module | Activation = "relu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(batch_norm(x) + residual)`` in one fused op.
+
+    Numbers, running statistics and memory format are those of ``torch.nn.functional.batch_norm``
+    followed by the addition and the activation. The activation's input is computed again in
+    backward and never stored.
+
+    Args:
+        x: (N, C, *) with any number of trailing dimensions; float32, float64, float16 or bfloat16.
+        running_mean, running_var: (C,), moved in place by ``momentum`` in training; or both None,
+            and batch statistics are always used.
+        weight, bias: (C,) or None; of x's dtype, or float32 with a float16 or bfloat16 x. All of
+            weight, bias and running statistics have one dtype.
+        training: normalise by the batch's statistics (biased variance; the unbiased one enters
+            running_var) instead of the running ones.
+        activation: a name (relu, relu6, leaky_relu, silu, gelu, gelu_tanh, hardswish, hardsigmoid,
+            sigmoid, tanh, elu, identity), a torch.nn module of one of them, or an Activation.
+        residual: added before the activation; shape, dtype and device of x.
+
+    Returns:
+        A tensor of x's shape and dtype, in x's memory format.
+
+    Raises:
+        ValueError: a wrong rank, shape or activation, or one value per channel in training.
+        TypeError: a non-floating x, or a mix of dtypes outside the list above.
+        RuntimeError: tensors on several devices, or a forced backend that cannot run this.
+    """
+    _check_batch_norm_act(x, running_mean, running_var, weight, bias, residual)
+    batch_stats = training or running_mean is None
+    if batch_stats and x.numel() == x.shape[1]:
+        raise ValueError(f"expected more than 1 value per channel in training, got an input of shape {tuple(x.shape)}")
+    return _batch_norm_act.apply(
+        x,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        batch_stats,
+        momentum,
+        eps,
+        activations.resolve(activation),
+    )
+
+
+def _check_batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    dtype, device, shape = x.dtype, x.device, x.shape
+    if dtype not in _FLOATING:
+        raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {dtype}")
+    if len(shape) < 2:
+        raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var: expected both or neither, got one of them")
+    channels, param_dtype = shape[1], None
+    for name, value in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if value is None:
+            continue
+        if value.dim() != 1 or value.shape[0] != channels:
+            raise ValueError(
+                f"{name}: expected shape ({channels},) for an input of {channels} channels, got {tuple(value.shape)}"
+            )
+        if param_dtype is None:
+            param_dtype = value.dtype
+            if param_dtype != dtype and not (param_dtype == torch.float32 and dtype in _HALF):
+                allowed = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
+                raise TypeError(f"{name}: expected {allowed} with an input of {dtype}, got {param_dtype}")
+        elif value.dtype != param_dtype:
+            raise TypeError(f"{name}: expected {param_dtype} like the other parameters, got {value.dtype}")
+        if value.device != device:
+            raise RuntimeError(f"{name}: expected device {device} like x, got {value.device}")
+    if residual is not None:
+        if residual.shape != shape:
+            raise ValueError(f"residual: expected shape {tuple(shape)} like x, got {tuple(residual.shape)}")
+        if residual.dtype != dtype:
+            raise TypeError(f"residual: expected {dtype} like x, got {residual.dtype}")
+        if residual.device != device:
+            raise RuntimeError(f"residual: expected device {device} like x, got {residual.device}")

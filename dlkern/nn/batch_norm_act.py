@@ -1,0 +1,82 @@
+"""BatchNorm with its activation, and optionally a residual, in one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dlkern import activations, functional
+from dlkern.kernels.activation import Activation
+
+
+def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor | None = None) -> Tensor:
+    """What ``activation(norm(x) + residual)`` computes, by the fused op.
+
+    Everything is read from ``norm`` at the call: its mode, parameters, running statistics, momentum
+    and eps; ``num_batches_tracked`` counts as in torch.nn.BatchNorm2d, after the arguments were checked.
+    """
+    training, momentum = norm.training, norm.momentum
+    running_mean, running_var, tracked = norm.running_mean, norm.running_var, None
+    if training and norm.track_running_stats:
+        tracked = norm.num_batches_tracked
+    elif training:  # batch statistics, and the running ones, if any, are left alone
+        running_mean = running_var = None
+    if momentum is None:
+        # the cumulative average over the batches so far, this one included
+        momentum = 0.0 if tracked is None else 1.0 / (float(tracked) + 1.0)
+    y = functional.batch_norm_act(
+        x,
+        running_mean,
+        running_var,
+        norm.weight,
+        norm.bias,
+        training=training,
+        momentum=momentum,
+        eps=norm.eps,
+        activation=activation,
+        residual=residual,
+    )
+    if tracked is not None:
+        tracked.add_(1)
+    return y
+
+
+class _BatchNormAct(_BatchNorm):
+    """The common part; see :class:`BatchNormAct2d`."""
+
+    def __init__(self, *args: Any, activation: str | nn.Module = "relu", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        activations.resolve(activation)
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``activation(batch_norm(x) + residual)``; shapes as in the class's description."""
+        self._check_input_dim(x)
+        return apply(self, x, activations.resolve(self.activation), residual)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return f"{text}, activation={self.activation!r}" if isinstance(self.activation, str) else text
+
+
+class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
+    """``activation(BatchNorm1d(x) + residual)``; x (N, C) or (N, C, L). See :class:`BatchNormAct2d`."""
+
+
+class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+    """``activation(BatchNorm2d(x) + residual)`` as one fused op; x (N, C, H, W).
+
+    Arguments, Parameters, buffers and state_dict keys are those of torch.nn.BatchNorm2d.
+    ``activation`` is a name (relu, relu6, leaky_relu, silu, gelu, gelu_tanh, hardswish, hardsigmoid,
+    sigmoid, tanh, elu, identity) or a torch.nn module of one of them. ``forward(x, residual=None)``
+    adds ``residual``, a tensor like x, before the activation.
+
+    Raises:
+        ValueError: an unknown activation, or an input of another rank or number of channels.
+    """
+
+
+class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
+    """``activation(BatchNorm3d(x) + residual)``; x (N, C, D, H, W). See :class:`BatchNormAct2d`."""

@@ -1,0 +1,7 @@
+"""The ops: ``torch.library`` definitions, autograd Functions and each op's table of implementations."""
+
+from __future__ import annotations
+
+from . import batch_norm_act
+
+__all__ = ["batch_norm_act"]

@@ -1,0 +1,1 @@
+"""Plain PyTorch definitions of the ops: what the tests call truth, in float64."""
