@@ -1,0 +1,173 @@
+"""Swapping: ``swap``, ``report``, ``unswap``, ``explain``, ``no_fallback``.
+
+A site is found in a trace of the model, proved in a trace of the smallest module that owns it, and
+rewritten by giving that module a generated subclass as its class. Nothing else of it is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from dlkern import dispatch
+from dlkern.kernels.reference.batch_norm_act import Request
+from dlkern.ops import batch_norm_act as op
+
+from . import runtime
+from .batch_norm_act import KIND
+from .classes import generated, is_extended, plan_of
+from .find import Filter, Findings, find, join
+from .report import Report, Row
+from .runtime import Calls, no_fallback
+from .trace import LOCK
+
+__all__ = ["Calls", "Report", "Row", "explain", "no_fallback", "report", "swap", "unswap"]
+
+#: Why layers of a swapped model were left, kept beside the model and not in it.
+_reasons: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+def swap(
+    model: nn.Module, *, filter_fn: Filter | None = None, memory_format: torch.memory_format | None = None
+) -> nn.Module:
+    """Rewrite, in place, every site of a model that dlkern has a fused op for.
+
+    Parameters, buffers, state_dict keys, hooks, modes, device, dtype and module paths stay as they
+    are; ``unswap`` gives the exact original back. Each rewritten forward is guarded by what was true
+    when it was traced (argument kinds, attributes, module classes, hooks); where a guard fails the
+    stock forward runs and ``report(model).calls.fallback`` counts it. Swapping again starts afresh.
+
+    Sites of this version: BatchNorm followed by an activation, with or without an addition between.
+
+    Args:
+        model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
+        filter_fn: ``filter_fn(module, path) -> bool`` is asked for each site's BatchNorm; False leaves it.
+        memory_format: for example torch.channels_last: the model is converted after the swap.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+        RuntimeError: somebody made a subclass of a swapped module's class (FSDP2, parametrizations).
+        Whatever filter_fn raises. After an error the model is exactly as it was.
+    """
+    _check(model)
+    if memory_format is not None and not isinstance(memory_format, torch.memory_format):
+        raise TypeError(f"memory_format: expected a torch.memory_format, got {memory_format!r}")
+    with LOCK:
+        _refuse_extended(model)
+        with _as_unswapped(model):
+            findings = find(model, filter_fn)
+            modules = dict(model.named_modules())
+            changes = [(modules[path], generated(type(modules[path]), plan)) for path, plan in findings.plans.items()]
+        if memory_format is not None:
+            model.to(memory_format=memory_format)
+        unswap(model)
+        for module, cls in changes:
+            module.__class__ = cls
+            runtime.reset(module)
+        _reasons[model] = findings.reasons
+    return model
+
+
+def unswap(model: nn.Module) -> nn.Module:
+    """Give every swapped module its own class back; returns the model.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+        RuntimeError: somebody made a subclass of a swapped module's class; nothing is changed then.
+    """
+    _check(model)
+    with LOCK:
+        _refuse_extended(model)
+        for module in model.modules():
+            plan = plan_of(module)
+            if plan is not None:
+                module.__class__ = plan[0]
+        _reasons.pop(model, None)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Per site what was done and by what; per other BatchNorm why nothing was; how often each path ran.
+
+    Works on copies and unpickled models too: it reads the modules' classes. A model that was never
+    swapped has no swapped rows; ``explain`` says what a swap would do.
+    """
+    _check(model)
+    made = Report()
+    for path, module in model.named_modules():
+        plan = plan_of(module)
+        if plan is None:
+            continue
+        counter = runtime.calls(module)
+        made.calls += counter if counter is not None else Calls()
+        known = {row.path for row in made.swapped}  # a container's site can run in the owner that inlines it
+        made.swapped += [
+            _row(model, join(path, s.norm), s.label, path) for s in plan[1].sites if join(path, s.norm) not in known
+        ]
+    reasons = _reasons.get(model)
+    if reasons is None:
+        with LOCK, _as_unswapped(model):
+            reasons = find(model, None).reasons if made.swapped else {}
+    made.skipped = [Row(path, KIND, "", reason) for path, reason in sorted(reasons.items())]
+    return made
+
+
+def explain(model: nn.Module) -> Report:
+    """What ``swap(model)`` would do, and why; changes nothing."""
+    _check(model)
+    with LOCK, _as_unswapped(model):
+        findings: Findings = find(model, None)
+    made = Report(planned=True)
+    for path, plan in sorted(findings.plans.items(), key=lambda item: item[0].count(".")):
+        known = {row.path for row in made.swapped}
+        made.swapped += [
+            _row(model, join(path, s.norm), s.label, path) for s in plan.sites if join(path, s.norm) not in known
+        ]
+    made.skipped = [Row(path, KIND, "", reason) for path, reason in sorted(findings.reasons.items())]
+    return made
+
+
+def _row(model: nn.Module, path: str, label: str, owner: str) -> Row:
+    """A swapped site, with the backend that its device and dtype get by default."""
+    norm = model.get_submodule(path)
+    like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
+    request = Request(like.device.type, like.dtype, like.dtype, False, norm.training, "+add" in label, label.split("+")[-1])
+    try:
+        choice = dispatch.choose(op.NAME, request)
+    except RuntimeError as error:  # a forced backend that cannot run it
+        return Row(path, KIND, "", str(error), owner, label)
+    return Row(path, KIND, choice.backend, choice.reason, owner, label)
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _refuse_extended(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if is_extended(module):
+            raise RuntimeError(
+                f"{path or 'the model'}: its class was extended after the swap (by FSDP2, a parametrization, ...), so it "
+                "cannot be changed now; undo that first, or run PyTorch's own ops under dlkern.backend('torch')"
+            )
+
+
+@contextlib.contextmanager
+def _as_unswapped(model: nn.Module) -> Iterator[None]:
+    """The modules under their own classes while they are traced."""
+    swapped = [(m, type(m)) for m in model.modules() if plan_of(m) is not None and not is_extended(m)]
+    for module, cls in swapped:
+        module.__class__ = plan_of(module)[0]  # type: ignore[index]
+    try:
+        yield
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cls

@@ -1,0 +1,360 @@
+"""From a traced forward with its sites to the source of a guarded forward.
+
+The source reads everything at the call (modules, parameters, modes), so it stays true when they
+change; whatever the trace took for granted is a guard. Names in the source are bound by a table of
+importable names and literals: source and table are strings, so a class made of them can be copied,
+pickled and rebuilt in a fresh process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from dlkern.kernels.activation import Activation
+
+from . import batch_norm_act as rule
+from . import runtime
+from .batch_norm_act import Site
+from .trace import TENSOR, VALUE, Kind, Refused, Trace, is_plain
+
+
+class Source(NamedTuple):
+    """A generated forward: its text and what the names in it stand for (all strings)."""
+
+    text: str
+    names: tuple[tuple[str, str, str], ...]  # (name, module, qualified name), or (name, "", literal)
+
+
+class _Names:
+    """Gives every function, class and constant a name in the generated source."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[str, str], str] = {}
+
+    def imported(self, value: Any) -> str:
+        return self._name("g", *_importable(value))
+
+    def literal(self, value: Any) -> str:
+        text = self._text(value)
+        return text if len(text) <= 8 and "(" not in text else self._name("k", "", text)
+
+    def table(self) -> tuple[tuple[str, str, str], ...]:
+        return tuple((name, module, text) for (module, text), name in self._names.items())
+
+    def _name(self, prefix: str, module: str, text: str) -> str:
+        return self._names.setdefault((module, text), f"_{prefix}{len(self._names)}")
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, Activation):
+            return f"Activation({value.name!r}, {self._text(value.param)})"
+        if type(value) is float and not math.isfinite(value):
+            return f"float({str(value)!r})"
+        if isinstance(value, torch.dtype):
+            return str(value)
+        if isinstance(value, (torch.device, torch.memory_format, torch.layout)):
+            return f"torch.{value!r}" if isinstance(value, torch.device) else str(value)
+        if type(value) is list:
+            return f"[{', '.join(map(self._text, value))}]"
+        if type(value) is tuple:
+            return f"({''.join(self._text(v) + ', ' for v in value)})"
+        if type(value) is dict:
+            return "{" + ", ".join(f"{self._text(k)}: {self._text(v)}" for k, v in value.items()) + "}"
+        if value is None or value is ... or type(value) in (bool, int, float, complex, str):
+            return "..." if value is ... else repr(value)
+        raise Refused(f"uses a constant of type {type(value).__name__}")
+
+
+def evaluate(names: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
+    """The globals of a generated forward."""
+    scope: dict[str, Any] = {}
+    for name, module, text in names:
+        if module:
+            scope[name] = operator.attrgetter(text)(importlib.import_module(module))
+        else:
+            scope[name] = eval(text, {"torch": torch, "Activation": Activation})
+    return scope
+
+
+def _importable(value: Any) -> tuple[str, str]:
+    """(module, qualified name) under which a fresh process finds this function or class."""
+    name, qualname = getattr(value, "__name__", ""), getattr(value, "__qualname__", "")
+    for module in (getattr(value, "__module__", None), "torch", "torch.nn.functional", "torch._C._nn", "_operator"):
+        for candidate in filter(None, (qualname, name)):
+            with contextlib.suppress(ImportError, AttributeError):
+                if module and operator.attrgetter(candidate)(importlib.import_module(module)) is value:
+                    return module, candidate
+    raise Refused(f"uses {qualname or name or value!r}, which cannot be imported by name")
+
+
+# ----------------------------------------------------------------------------------------- a body
+class _Body:
+    """One mode's statements and guards."""
+
+    def __init__(self, trace: Trace, sites: list[Site], names: _Names) -> None:
+        self.trace, self.sites, self.names = trace, sites, names
+        self.modules = dict(trace.root.named_modules())
+        self.locals: dict[str, str] = {}  # module path -> local variable
+        self.guards: list[tuple[str, str]] = []  # (expression, description)
+        self.lines: list[str] = []
+        self._values: dict[fx.Node, str] = {}
+        self._guard_all()
+        self._emit_all()
+
+    # -------------------------------------------------------------------------------- guards
+    def _guard_all(self) -> None:
+        trace = self.trace
+        if trace.dirty:
+            raise Refused(f"writes attributes of {', '.join(sorted(p or 'itself' for p in trace.dirty))}")
+        for name, kind in trace.parameters.items():
+            self._guard(_argument_guard(name, kind, self.names), f"argument {name} is not as it was when traced")
+        self._guard(f"not {self.names.imported(nn.modules.module._has_any_global_hook)}()", "a global hook is set")
+        for path in sorted(trace.inlined, key=_depth):
+            self._guard_module(path, f"inlined module {path}", bypassed=True)
+            if path:
+                self._guard(f"{self.local(path)}.training is self.training", f"{path}.training differs from its owner's")
+        for site in self.sites:
+            for path in site.bypassed:
+                self._guard_module(path, f"module {path}", bypassed=True)
+            for path, attribute, value in site.attributes:
+                expression = f"{self.local(path)}.{attribute} == {self.names.literal(value)}"
+                self._guard(expression, f"{path}.{attribute} is no longer {value!r}")
+        for (path, attribute), value in trace.reads.items():
+            self._guard_read(path, attribute, value)
+
+    def _guard(self, expression: str, description: str) -> None:
+        if (expression, description) not in self.guards:
+            self.guards.append((expression, description))
+
+    def _guard_module(self, path: str, label: str, *, bypassed: bool = False) -> None:
+        """The module at path is of the recorded type (and, where its call is bypassed, has no hooks)."""
+        if not path:
+            return
+        if path not in self.locals:
+            parent, _, name = path.rpartition(".")
+            if parent and parent not in self.locals:
+                self._guard_module(parent, f"module {parent}")
+            container = f"{self.locals[parent]}._modules" if parent else "_m"
+            local = self.locals[path] = f"_n{len(self.locals)}"
+            kind = self.names.imported(type(self.modules[path]))
+            is_class = f"type({local} := {container}.get({name!r})) is {kind}"
+            if not rule.is_leaf(self.modules[path]):  # a container may itself have been swapped
+                is_class = f"({is_class} or {self.names.imported(runtime.swapped_from)}({local}, {kind}))"
+            self._guard(is_class, f"{label} is no longer of its class")
+        if bypassed:
+            self._guard(f"{self.names.imported(runtime.unhooked)}({self.locals[path]})", f"{label} has hooks")
+
+    def _guard_read(self, path: str, attribute: str, value: Any) -> None:
+        if path:
+            self._guard_module(path, f"module {path}")
+        owner = self.local(path)
+        label = f"{path + '.' if path else ''}{attribute}"
+        if attribute == "_modules":
+            self._guard(f"tuple({owner}._modules) == {self.names.literal(value)}", f"children of {path or 'self'} changed")
+        elif is_plain(value):
+            same = "is" if value is None or isinstance(value, bool) else "=="
+            text = self.names.literal(value)
+            self._guard(f"{owner}.__dict__.get({attribute!r}, ...) {same} {text}", f"attribute {label} changed")
+        elif inspect.isroutine(value) or inspect.isclass(value):
+            text = self.names.imported(value)
+            self._guard(f"{owner}.__dict__.get({attribute!r}) is {text}", f"attribute {label} changed")
+        else:
+            raise Refused(f"reads its attribute {label}, a {type(value).__name__}")
+
+    def local(self, path: str) -> str:
+        return self.locals[path] if path else "self"
+
+    # ---------------------------------------------------------------------------- statements
+    def _emit_all(self) -> None:
+        """Statements in execution order; each site stands where its activation stood."""
+        ends = {site.span[-1]: site for site in self.sites}
+        inside = {node for site in self.sites for node in site.span}
+        statements: list[tuple[fx.Node, list[str], list[fx.Node]]] = []
+        for node in self.trace.graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = self.trace.arguments[node]
+            elif node.op == "output":
+                written = [n for _, _, n in self.trace.list_writes]
+                statements.append((node, self._output(node), [*node.all_input_nodes, *written]))
+            elif node in ends:
+                site = ends[node]
+                used = [site.source] if site.residual is None else [site.source, site.residual]
+                statements.append((node, self._site(site), used))
+            elif node not in inside and not _is_dead(node):
+                statements.append((node, [self._assign(node)], node.all_input_nodes))
+        last_use = {used: i for i, (_, _, inputs) in enumerate(statements) for used in inputs}
+        for i, (node, lines, inputs) in enumerate(statements):
+            self.lines += lines
+            done = dict.fromkeys(n for n in inputs if last_use[n] == i and n.op != "placeholder")
+            if node not in last_use and node.op != "output":
+                done[node] = None  # called for its effect
+            if done and node.op != "output":  # keep no intermediate longer than the original does
+                self.lines.append("del " + ", ".join(self._value(n) for n in done))
+
+    def _value(self, node: fx.Node) -> str:
+        return self._values.setdefault(node, f"v{len(self._values)}")
+
+    def _assign(self, node: fx.Node) -> str:
+        expression = self._expression(node)
+        return f"{self._value(node)} = {expression}"
+
+    def _expression(self, node: fx.Node) -> str:
+        if node.op == "get_attr":
+            return f"self.{node.target}"
+        arguments = [self._argument(a) for a in node.args]
+        arguments += [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
+        if node.op == "call_method":
+            return f"{arguments[0]}.{node.target}({', '.join(arguments[1:])})"
+        if node.op == "call_module":
+            path = str(node.target)
+            if not path:  # a leaf that owns itself
+                return f"_base.forward(self, {', '.join(arguments)})"
+            call = f"{self._module(path)}({', '.join(arguments)})"
+            if not node.meta.get("untraced"):
+                return call
+            if any(user.target is operator.getitem for user in node.users):
+                raise Refused(f"unpacks the result of {path}, which could not be traced")
+            return f"{self.names.imported(runtime.tensor)}({call}, {path!r})"
+        if node.target is getattr and isinstance(node.args[1], str):
+            return f"{arguments[0]}.{node.args[1]}"
+        return f"{self.names.imported(node.target)}({', '.join(arguments)})"
+
+    def _module(self, path: str) -> str:
+        if path in self.locals:
+            return self.locals[path]
+        parent, _, name = path.rpartition(".")
+        if not parent:
+            return f"_m[{name!r}]"
+        self._guard_module(parent, f"module {parent}")
+        return f"{self.locals[parent]}._modules[{name!r}]"
+
+    def _argument(self, a: Any) -> str:
+        if isinstance(a, fx.Node):
+            return self._value(a)
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return f"{self.names.imported(type(a))}({', '.join(map(self._argument, a))})"
+        if isinstance(a, tuple):
+            return f"({''.join(self._argument(v) + ', ' for v in a)})"
+        if isinstance(a, list):
+            return f"[{', '.join(map(self._argument, a))}]"
+        if isinstance(a, dict):
+            return "{" + ", ".join(f"{self.names.literal(k)}: {self._argument(v)}" for k, v in a.items()) + "}"
+        if isinstance(a, slice):
+            return f"slice({', '.join(self._argument(v) for v in (a.start, a.stop, a.step))})"
+        if inspect.isroutine(a) or inspect.isclass(a):
+            return self.names.imported(a)
+        return self.names.literal(a)
+
+    def _site(self, site: Site) -> list[str]:
+        norm = self.local(site.norm)
+        source = self._value(site.source)
+        residual = "None" if site.residual is None else self._value(site.residual)
+        result = self._value(site.span[-1])
+        stock = [self._assign(node) for node in site.span]
+        if len(site.span) > 1:
+            stock.append("del " + ", ".join(self._value(n) for n in site.span[:-1]))
+        why = f"{site.norm} cannot take this input"
+        missed = self.names.imported(runtime.missed)
+        return [
+            f"if {self.names.imported(rule.fits)}({norm}, {source}, {residual}):",
+            f"    {result} = {self.names.imported(rule.fused)}({norm}, {source}, {residual}, "
+            f"{self.names.literal(site.activation)})",
+            "    if _c is not None:",
+            "        _c.fused += 1",
+            "else:",
+            f"    {missed}(self, _c, 1, lambda: {why!r})",
+            *(f"    {line}" for line in stock),
+        ]
+
+    def _output(self, node: fx.Node) -> list[str]:
+        writes = [f"{name}[{index}] = {self._value(n)}" for name, index, n in self.trace.list_writes]
+        return [*writes, f"return {self._argument(node.args[0])}"]
+
+
+def _depth(path: str) -> tuple[int, str]:
+    return path.count("."), path
+
+
+def _is_dead(node: fx.Node) -> bool:
+    """A read without an effect whose result nobody uses."""
+    return not node.users and (node.op == "get_attr" or node.target in (getattr, operator.getitem))
+
+
+def _argument_guard(expression: str, kind: Kind, names: _Names) -> str:
+    if kind in (TENSOR, VALUE):
+        return f"isinstance({expression}, {names.imported(torch.Tensor)})"
+    tag, inner = kind
+    if tag in ("const", "default"):
+        if inner is None or isinstance(inner, bool):
+            return f"{expression} is {inner}"
+        if is_plain(inner):
+            return f"type({expression}) is {type(inner).__name__} and {expression} == {names.literal(inner)}"
+        if inspect.isroutine(inner) or inspect.isclass(inner):
+            return f"{expression} is {names.imported(inner)}"
+        raise Refused(f"has an argument {expression} whose value is a {type(inner).__name__}")
+    items = [_argument_guard(f"{expression}[{i}]", k, names) for i, k in enumerate(inner)]
+    return " and ".join([f"type({expression}) is {tag}", f"len({expression}) == {len(inner)}", *items])
+
+
+# ------------------------------------------------------------------------------------- a forward
+def forward_source(base: type[nn.Module], modes: dict[bool, tuple[Trace, list[Site]]]) -> Source:
+    """The source of a forward that runs the rewritten sites of each mode that was traced.
+
+    ``modes`` maps ``training`` to a local trace and its sites; a mode that is absent runs the base's
+    forward. Raises Refused where something in a trace cannot be written down.
+    """
+    names = _Names()
+    bodies = {training: _Body(trace, sites, names) for training, (trace, sites) in modes.items()}
+    signature = inspect.signature(base.forward)
+    parameters, arguments = [], []
+    for i, p in enumerate(signature.parameters.values()):
+        if i == 0:
+            continue
+        default = "" if p.default is p.empty else f"=_d_{p.name}"
+        if p.kind is p.KEYWORD_ONLY and "*" not in parameters:
+            parameters.append("*")
+        parameters.append(p.name + default)
+        arguments.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name)
+        if p.kind is p.POSITIONAL_ONLY:
+            raise Refused(f"has a positional-only argument {p.name}")
+    reserved = {p.lstrip("*").split("=")[0] for p in parameters} & {"self", "_m", "_c", "_base"}
+    if reserved:
+        raise Refused(f"has an argument named {reserved.pop()}")
+    head = ", ".join(["self", *parameters])
+    stock = f"return _base.forward({', '.join(['self', *arguments])})"
+    both = len(bodies) == 2 and (bodies[True].guards, bodies[True].lines) == (bodies[False].guards, bodies[False].lines)
+    lines, reasons = [f"def forward({head}):", "    _m = self._modules"], [f"def why({head}):", "    _m = self._modules"]
+    lines.append(f"    _c = {names.imported(runtime.calls)}(self)")
+    for training, body in bodies.items():
+        if both and not training:
+            continue
+        lines += [] if both else [f"    if {'' if training else 'not '}self.training:"]
+        reasons += [] if both else [f"    if {'' if training else 'not '}self.training:"]
+        indent = "    " if both else "        "
+        lines += _guarded(body, indent)
+        reasons += [f"{indent}if not ({e}): return {d!r}" for e, d in body.guards]
+        if not both:
+            lines.append(f"{indent}{names.imported(runtime.missed)}({_miss(body, head, arguments)})")
+            lines.append(indent + stock)
+    if both:
+        lines.append(f"    {names.imported(runtime.missed)}({_miss(bodies[True], head, arguments)})")
+    lines.append("    " + stock)
+    reasons.append("    return 'its mode was not traced'")
+    return Source("\n".join([*lines, "", *reasons, ""]), names.table())
+
+
+def _guarded(body: _Body, indent: str) -> list[str]:
+    conditions = f"\n{indent}    and ".join(e for e, _ in body.guards)
+    return [f"{indent}if (", f"{indent}    {conditions}", f"{indent}):", *(f"{indent}    {line}" for line in body.lines)]
+
+
+def _miss(body: _Body, head: str, arguments: list[str]) -> str:
+    return f"self, _c, {len(body.sites)}, lambda: why({', '.join(['self', *arguments])})"

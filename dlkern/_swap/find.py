@@ -1,0 +1,181 @@
+"""From a model to the owners that are rewritten: whole traces find sites, local traces prove them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from . import batch_norm_act as rule
+from .batch_norm_act import Site
+from .classes import Plan, SwappedSite, plan_of
+from .codegen import forward_source
+from .trace import UNKNOWN, Call, Kind, Refused, Trace, Tracer, mode
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+@dataclass
+class Owner:
+    """The smallest module whose forward holds a site, and what whole traces said of it, per mode."""
+
+    path: str
+    module: nn.Module
+    calls: dict[bool, Call | None] = field(default_factory=dict)
+    inline: dict[bool, set[str]] = field(default_factory=dict)  # relative to the owner
+    results: dict[bool, dict[str, Kind]] = field(default_factory=dict)  # likewise
+    norms: dict[bool, set[str]] = field(default_factory=dict)  # likewise
+
+
+@dataclass
+class Findings:
+    """What is to be rewritten, and why the rest is not. Paths are relative to the model."""
+
+    plans: dict[str, Plan] = field(default_factory=dict)  # owner path -> plan
+    reasons: dict[str, str] = field(default_factory=dict)  # norm path -> why it stays
+
+
+def find(model: nn.Module, filter_fn: Filter | None) -> Findings:
+    """Plan the rewrite of a model whose classes are its own (see ``trace.LOCK``)."""
+    findings = Findings()
+    owners: dict[str, Owner] = {}
+    for training in (True, False):
+        with mode(model, training):
+            _search(model, "", training, filter_fn, owners, findings)
+    accepted = {join(o.path, norm) for o in owners.values() for norms in o.norms.values() for norm in norms}
+    for owner in owners.values():
+        _plan(owner, accepted, findings)
+    swapped = {join(path, site.norm) for path, plan in findings.plans.items() for site in plan.sites}
+    for path, module in model.named_modules():
+        if rule.is_candidate(module) and path not in swapped:
+            findings.reasons.setdefault(path, _general_reason(module))
+    for path in swapped:
+        findings.reasons.pop(path, None)
+    return findings
+
+
+def join(prefix: str, path: str) -> str:
+    """Two dotted paths in one."""
+    return f"{prefix}.{path}" if prefix and path else prefix or path
+
+
+def _relative(path: str, owner: str) -> str:
+    return path[len(owner) + 1 :] if owner else path
+
+
+def _general_reason(module: nn.Module) -> str:
+    if not rule.is_norm(module):
+        return f"a {type(module).__name__} is not rewritten"
+    return "no trace reached it"
+
+
+def _search(
+    root: nn.Module, prefix: str, training: bool, filter_fn: Filter | None, owners: dict[str, Owner], findings: Findings
+) -> None:
+    """Trace root with everything inlined; where a module refuses, trace its children on their own."""
+    if rule.is_timm_norm(root):  # reached without a trace round it: at most a site of its own
+        try:
+            rule.leaf_trace(root)
+        except rule.NotASite as reason:
+            findings.reasons[prefix] = str(reason)
+        else:
+            if filter_fn is None or filter_fn(root, prefix):
+                _add_leaf(root, prefix, training, owners)
+            else:
+                findings.reasons[prefix] = "left out by filter_fn"
+    if rule.is_leaf(root):
+        return
+    try:
+        if plan_of(root) is not None or isinstance(root, fx.GraphModule):
+            raise Refused(f"is a {type(root).__name__}")
+        trace = Tracer(rule.is_leaf).run(root)
+    except Refused as refusal:
+        for name, child in root.named_children():
+            _note(child, join(prefix, name), f"{prefix or 'the model'}: {refusal}", findings)
+            _search(child, join(prefix, name), training, filter_fn, owners, findings)
+        return
+    _collect(trace, prefix, training, filter_fn, owners, findings)
+    modules = dict(root.named_modules())
+    for path, reason in trace.opaque.items():
+        _note(modules[path], join(prefix, path), f"{join(prefix, path)}: {reason}", findings)
+        _search(modules[path], join(prefix, path), training, filter_fn, owners, findings)
+
+
+def _note(module: nn.Module, prefix: str, reason: str, findings: Findings) -> None:
+    for path, m in module.named_modules():
+        if rule.is_candidate(m):
+            findings.reasons[join(prefix, path)] = reason
+
+
+def _collect(
+    trace: Trace, prefix: str, training: bool, filter_fn: Filter | None, owners: dict[str, Owner], findings: Findings
+) -> None:
+    sites, reasons = rule.match(trace, prefix)
+    modules = dict(trace.root.named_modules())
+    findings.reasons.update({join(prefix, path): reason for path, reason in reasons.items()})
+    for site in sites:
+        path = join(prefix, site.norm)
+        if filter_fn is not None and not filter_fn(modules[site.norm], path):
+            findings.reasons[path] = "left out by filter_fn"
+            continue
+        if rule.is_timm_norm(modules[site.norm]) and len(site.span) == 1:
+            _add_leaf(modules[site.norm], path, training, owners)
+            continue
+        stacks = [node.meta["stack"] for node in site.span]
+        common = os.path.commonprefix(stacks)
+        owner_path = common[-1]
+        owner = owners.setdefault(join(prefix, owner_path), Owner(join(prefix, owner_path), modules[owner_path]))
+        owner.calls[training] = trace.calls.get(owner_path)
+        inner = {entry for stack in stacks for entry in stack[len(common) :]}
+        owner.inline.setdefault(training, set()).update(_relative(entry, owner_path) for entry in inner)
+        start = f"{owner_path}." if owner_path else ""
+        owner.results[training] = {
+            _relative(p, owner_path): call.result for p, call in trace.calls.items() if p.startswith(start)
+        }
+        owner.norms.setdefault(training, set()).add(_relative(site.norm, owner_path))
+
+
+def _add_leaf(norm: nn.Module, path: str, training: bool, owners: dict[str, Owner]) -> None:
+    owner = owners.setdefault(path, Owner(path, norm))
+    owner.norms.setdefault(training, set()).add("")
+
+
+def _plan(owner: Owner, accepted: set[str], findings: Findings) -> None:
+    """Trace the owner locally in each mode in which it was reached, and write its forward."""
+    expected = set().union(*owner.norms.values())
+    try:
+        if "forward" in owner.module.__dict__:
+            raise Refused("its forward is an instance attribute")
+        if type(owner.module).__reduce_ex__ is not object.__reduce_ex__ or (
+            type(owner.module).__reduce__ is not object.__reduce__
+        ):
+            raise Refused("has a pickling of its own")
+        modes: dict[bool, tuple[Trace, list[Site]]] = {}
+        for training, norms in owner.norms.items():
+            with mode(owner.module, training):
+                modes[training] = _local(owner, training, norms, accepted)
+        source = forward_source(type(owner.module), modes)
+    except Refused as refusal:
+        reason = f"{owner.path or 'the model'}: {refusal}"
+        findings.reasons.update({join(owner.path, norm): reason for norm in expected})
+        return
+    sites = {s.norm: SwappedSite(s.norm, s.kind, s.label) for _, found in modes.values() for s in found}
+    findings.plans[owner.path] = Plan(source, tuple(sites.values()))
+
+
+def _local(owner: Owner, training: bool, norms: set[str], accepted: set[str]) -> tuple[Trace, list[Site]]:
+    if norms == {""}:
+        return rule.leaf_trace(owner.module)
+    call = owner.calls[training]
+    kinds = None if call is None or UNKNOWN in call.arguments.values() else call.arguments
+    trace = Tracer(rule.is_leaf, owner.inline[training], owner.results[training], kinds).run(owner.module)
+    sites, reasons = rule.match(trace, owner.path)
+    # An inlined container may own sites too: they run here now. Those left out by filter_fn do not.
+    sites = [site for site in sites if join(owner.path, site.norm) in accepted]
+    lost = norms - {site.norm for site in sites}
+    if lost:
+        norm = min(lost)
+        raise Refused(f"{norm} is not found again in its own forward ({reasons.get(norm, 'not called')})")
+    return trace, sites

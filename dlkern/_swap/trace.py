@@ -1,0 +1,513 @@
+"""Strict symbolic traces of modules: proof of what a forward does, never the model that runs.
+
+torch.fx runs a module's forward on proxies. This tracer refuses whatever a proxy cannot witness
+(random numbers, attribute writes, a changed grad mode, ``isinstance`` on an intermediate, ...) and
+records what the trace took for granted (kinds of arguments, attributes that were read), so that
+the generated code can be guarded by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+import random
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.proxy import Attribute, TraceError
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
+
+#: fx patches torch.nn.Module for the whole process while it traces: one trace at a time.
+LOCK = threading.RLock()
+
+#: The kind of an argument or result: "tensor", "value" (a proxy that may be anything), ("list" | "tuple", kinds),
+#: ("const", value) or "unknown".
+Kind = Any
+TENSOR = "tensor"
+VALUE = "value"
+UNKNOWN = "unknown"
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+INPLACE_OPERATORS = tuple(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+)
+#: Layers and functions that make a tensor of a tensor; convolutions and norms make one of whatever they take.
+_TENSOR_MODULES = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.dropout._DropoutNd,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.Identity,
+    nn.Linear,
+    nn.Flatten,
+)
+_TENSOR_FUNCTIONS = {operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.flatten, F.relu, F.silu}
+#: What a forward may ask of a tensor that does not depend on its input: metadata, which cannot change silently.
+_METADATA = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__", "ndimension"}
+
+
+class Refused(Exception):
+    """A forward that cannot be rewritten, with the reason in words."""
+
+
+def kind_of(value: Any) -> Kind:
+    """The kind of a value that a traced module received or returned."""
+    if isinstance(value, fx.Proxy):
+        return TENSOR if value.node.meta.get("tensor") else VALUE
+    if type(value) in (list, tuple):
+        return (type(value).__name__, tuple(kind_of(v) for v in value))
+    if type(value) in _PLAIN:
+        return ("const", value)
+    return UNKNOWN
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value can stand in a guard: constants and small containers of them."""
+    if type(value) in (list, tuple):
+        return len(value) <= 64 and all(map(is_plain, value))
+    if type(value) is dict:
+        return len(value) <= 64 and all(is_plain(k) and is_plain(v) for k, v in value.items())
+    return type(value) in _PLAIN
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records in-place operators as what they are, and refuses isinstance in user code."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # what isinstance() asks when the type itself does not match
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith(("torch.", "dlkern.")) or caller in _STANDARD_LIBRARY:
+            return type(self)
+        if self.node.meta.get("tensor"):
+            return torch.Tensor
+        raise Refused("tests the type of an intermediate value with isinstance")
+
+
+#: What every module keeps in its ``__dict__``; ``training`` is guarded on its own.
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+
+_STANDARD_LIBRARY = {"inspect", "copy", "functools", "operator", "typing", "collections.abc", "abc", "contextlib"}
+
+
+def _inplace(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _function in INPLACE_OPERATORS:
+    setattr(_Proxy, f"__{_function.__name__}__", _inplace(_function))
+
+
+class _Attribute(Attribute, _Proxy):
+    """``proxy.name``: a method call if it is called, else an attribute read."""
+
+
+class _NoUnwitnessedCalls(TorchFunctionMode):
+    """Refuses torch functions that see none of the forward's inputs: their result would be frozen in."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _has_proxy(args) and not _has_proxy(kwargs):
+            name = getattr(func, "__name__", str(func))
+            if name not in _METADATA:
+                raise Refused(f"calls {name} on none of its inputs")
+        return func(*args, **(kwargs or {}))
+
+
+def _has_proxy(value: Any) -> bool:
+    if isinstance(value, fx.Proxy):
+        return True
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_proxy, value))
+    if isinstance(value, dict):
+        return any(map(_has_proxy, value.values()))
+    return False
+
+
+def _modes() -> tuple[Any, ...]:
+    """What a region of a forward could change for the ops in it."""
+    saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cuda"),
+        torch.is_autocast_enabled("cpu"),
+        saved_tensors_hooks is None,
+    )
+
+
+@dataclass
+class Call:
+    """How a module was called in a trace."""
+
+    arguments: dict[str, Kind]
+    result: Kind
+
+
+@dataclass
+class Trace:
+    """A traced forward and what it rests on. Paths are relative to the traced module."""
+
+    graph: fx.Graph
+    root: nn.Module
+    calls: dict[str, Call] = field(default_factory=dict)  # inlined modules
+    opaque: dict[str, str] = field(default_factory=dict)  # modules whose forward refused, with the reason
+    dirty: set[str] = field(default_factory=set)  # modules that wrote their own attributes
+    reads: dict[tuple[str, str], Any] = field(default_factory=dict)  # (path, attribute) -> plain value
+    inlined: set[str] = field(default_factory=set)  # modules whose forward stands in the graph
+    arguments: dict[fx.Node, str] = field(default_factory=dict)  # placeholder -> expression of the parameters
+    parameters: dict[str, Kind] = field(default_factory=dict)  # the kind each parameter was traced with
+    list_writes: list[tuple[str, int, fx.Node]] = field(default_factory=list)  # argument[index] = node
+
+
+class Tracer(fx.Tracer):
+    """fx's tracer made strict.
+
+    Args:
+        inline: paths of the children to trace through; None: all that are not leaves.
+        results: how modules that stay calls answered when they were traced through, by path.
+        kinds: the kinds of the root's arguments by name; absent: tensors where no default is given.
+    """
+
+    def __init__(
+        self,
+        is_leaf: Callable[[nn.Module], bool],
+        inline: set[str] | None = None,
+        results: dict[str, Kind] | None = None,
+        kinds: dict[str, Kind] | None = None,
+    ) -> None:
+        super().__init__()
+        self._is_leaf = is_leaf
+        self._inline = inline
+        self._results = results or {}
+        self._kinds = kinds
+        self._stack: list[str] = [""]
+        self._modes_at_start = _modes()
+        self._lists: list[tuple[str, list[Any], list[Any]]] = []
+
+    # ------------------------------------------------------------------------------ running
+    def run(self, root: nn.Module) -> Trace:
+        """Trace root's forward. Raises Refused with the reason where that cannot be done."""
+        self.result = Trace(fx.Graph(), root)
+        paths = {id(m): path for path, m in root.named_modules()}
+        states = (random.getstate(), torch.get_rng_state())
+        before = {id(m): _snapshot(m) for m in root.modules()}
+        refusal: Refused | None = None
+        try:
+            with _recorded_reads(self, paths), _unreadable_modes(), _NoUnwitnessedCalls():
+                self.result.graph = self.trace(root)
+        except Refused as error:
+            refusal = error
+        except Exception as error:  # user code on proxies can raise anything
+            refusal = Refused(_first_line(error))
+        finally:
+            changed = [m for m in root.modules() if _restore(m, before[id(m)])]
+            self.result.dirty = {paths[id(m)] for m in changed}
+            rng_used = random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1])
+            random.setstate(states[0])
+            torch.set_rng_state(states[1])
+        if refusal is not None:
+            raise refusal
+        if rng_used:
+            raise Refused("draws random numbers outside of torch functions of its inputs")
+        for name, now, then in self._lists:
+            if len(now) != len(then):
+                raise Refused(f"changes the length of its argument {name}")
+            for index, (a, b) in enumerate(zip(now, then, strict=True)):
+                if a is not b:
+                    if not isinstance(a, fx.Proxy):
+                        raise Refused(f"writes a value that is no tensor into its argument {name}")
+                    self.result.list_writes.append((name, index, a.node))
+        return self.result
+
+    # --------------------------------------------------------------------- fx's own hooks
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes_at_start:
+            raise Refused("changes grad mode, autocast or saved-tensor hooks in its forward")
+        node = super().create_node(*args, **kwargs)
+        node.meta["stack"] = tuple(self._stack)
+        node.meta["tensor"] = self._is_tensor(node)
+        return node
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node's value is surely a tensor (an argument's kind is guarded, a layer's result known)."""
+        if node.op == "placeholder":
+            return True
+        inputs = [a for a in node.args if isinstance(a, fx.Node)]
+        if not inputs or not inputs[0].meta["tensor"]:
+            return node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), _TENSOR_MODULES[:2])
+        if node.op == "call_module":
+            return isinstance(self.root.get_submodule(str(node.target)), _TENSOR_MODULES)
+        return node.op == "call_function" and node.target in _TENSOR_FUNCTIONS
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and not self._is_parameter_or_buffer(a):
+            raise Refused("uses a tensor that is neither an input, a parameter nor a buffer")
+        if type(a) is OrderedDict:  # fx would turn it into a dict
+            return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
+        if isinstance(a, dict) and type(a) is not dict:
+            raise Refused(f"builds a {type(a).__name__}")
+        return super().create_arg(a)
+
+    def _is_parameter_or_buffer(self, tensor: torch.Tensor) -> bool:
+        return any(tensor is t for t in self.root.parameters()) or any(tensor is t for t in self.root.buffers())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self._is_leaf(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if self._is_leaf(m):
+            return self._call_leaf(m, path, args, kwargs)
+        if self._inline is not None and path not in self._inline:
+            proxy = self.create_proxy("call_module", path, args, kwargs)
+            if path not in self._results:
+                return self._untraced(proxy)
+            return self._answer(proxy, self._results[path])
+        return self._call_inlined(m, path, args, kwargs)
+
+    def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        proxy = self.create_proxy("call_module", path, args, kwargs)
+        if type(m).forward is nn.MultiheadAttention.forward:
+            weights = kwargs.get("need_weights", args[4] if len(args) > 4 else True)
+            if not isinstance(weights, bool):
+                raise Refused("calls MultiheadAttention with a computed need_weights")
+            return self._answer(proxy, ("tuple", (TENSOR, TENSOR if weights else ("const", None))))
+        return proxy
+
+    def _answer(self, proxy: fx.Proxy, kind: Kind) -> Any:
+        """The proxy dressed as what the module returned when it was traced through."""
+        if kind in (TENSOR, VALUE, UNKNOWN):
+            proxy.node.meta["tensor"] = kind == TENSOR
+            return proxy
+        name, inner = kind
+        if name == "const":
+            return inner
+        items = [self._answer(proxy[i], k) for i, k in enumerate(inner)]
+        return items if name == "list" else tuple(items)
+
+    @staticmethod
+    def _untraced(proxy: fx.Proxy) -> fx.Proxy:
+        """The result of a module that could not be traced: taken for a tensor, and checked at the call."""
+        proxy.node.meta["untraced"] = True
+        return proxy
+
+    def _call_inlined(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        if "forward" in m.__dict__ or isinstance(m, (fx.GraphModule, torch.jit.ScriptModule)):
+            reason = "its forward is an instance attribute" if "forward" in m.__dict__ else f"is a {type(m).__name__}"
+            self.result.opaque[path] = reason
+            return self._untraced(self.create_proxy("call_module", path, args, kwargs))
+        last = next(iter(reversed(self.graph.nodes)), None)
+        self._stack.append(path)
+        try:
+            returned = type(m).forward(m, *args, **kwargs)
+            call = Call(_bind(m, args, kwargs), kind_of(returned))
+        except Exception as error:  # user code on proxies can raise anything
+            if self._inline is not None:
+                raise
+            self._forget_after(last)
+            self.result.opaque[path] = _first_line(error)
+            self._stack.pop()
+            return self._untraced(self.create_proxy("call_module", path, args, kwargs))
+        self._stack.pop()
+        known = self.result.calls.get(path)
+        if known is not None and known != call:
+            call = Call({name: UNKNOWN for name in call.arguments}, UNKNOWN)
+        self.result.calls[path] = call
+        self.result.inlined.add(path)
+        return returned
+
+    def _forget_after(self, last: fx.Node | None) -> None:
+        """Take back the nodes of a forward that refused halfway."""
+        for node in reversed(list(self.graph.nodes)):
+            if node is last:
+                return
+            self.graph.erase_node(node)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        positional, by_name = [], {}
+        for p in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                raise Refused(f"its forward takes {p}")
+            default: Kind = TENSOR if p.default is p.empty else ("default", p.default)
+            kind = default if self._kinds is None else self._kinds.get(p.name, default)
+            self.result.parameters[p.name] = kind
+            value = self._argument(p.name, p.name, kind)
+            if p.kind is p.KEYWORD_ONLY:
+                by_name[p.name] = value
+            else:
+                positional.append(value)
+        return (lambda *args: root_fn(*args, **by_name)), [self.root, *positional]
+
+    def _argument(self, name: str, expression: str, kind: Kind) -> Any:
+        """A value of this kind: proxies where it holds tensors."""
+        if kind in (TENSOR, VALUE):  # either way the guard asks for a tensor
+            proxy = self.create_proxy("placeholder", name, (), {})
+            self.result.arguments[proxy.node] = expression
+            return proxy
+        if kind == UNKNOWN:
+            raise Refused(f"is called with an argument {name} of no known kind")
+        tag, inner = kind
+        if tag in ("const", "default"):
+            return inner
+        items = [self._argument(name, f"{expression}[{i}]", k) for i, k in enumerate(inner)]
+        if tag == "tuple":
+            return tuple(items)
+        self._lists.append((expression, items, list(items)))
+        return items
+
+
+def _bind(m: nn.Module, args: Any, kwargs: Any) -> dict[str, Kind]:
+    bound = inspect.signature(type(m).forward).bind(m, *args, **kwargs).arguments
+    kinds = {}
+    for i, (name, value) in enumerate(bound.items()):
+        if i:  # the first is self
+            kinds[name] = kind_of(value)
+    return kinds
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, Refused):
+        return str(error)
+    text = str(error).strip().splitlines()
+    if isinstance(error, TraceError):
+        return f"its forward depends on values of its input ({text[0] if text else 'control flow'})"
+    return f"its forward cannot be traced ({type(error).__name__}: {text[0][:120] if text else ''})"
+
+
+# ------------------------------------------------------------------- what a forward reads and writes
+def _snapshot(m: nn.Module) -> dict[str, tuple[Any, Any]]:
+    return {k: (v, _shallow(v)) for k, v in m.__dict__.items()}
+
+
+def _shallow(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else None
+
+
+def _same_contents(value: Any, copy: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value) == len(copy) and all(k in copy and copy[k] is v for k, v in value.items())
+    if isinstance(value, list):
+        return len(value) == len(copy) and all(a is b for a, b in zip(value, copy, strict=True))
+    return value == copy if isinstance(value, set) else True
+
+
+def _restore(m: nn.Module, before: dict[str, tuple[Any, Any]]) -> bool:
+    """Put a module's attributes back as they were; True where one had been written."""
+    now = m.__dict__
+    changed = False
+    for key in [k for k in now if k not in before]:
+        del now[key]
+        changed = True
+    for key, (value, copy) in before.items():
+        if key not in now or now[key] is not value:
+            now[key] = value
+            changed = True
+        if copy is not None and not _same_contents(value, copy):
+            changed = True
+            value.clear()
+            value.extend(copy) if isinstance(value, list) else value.update(copy)
+    return changed
+
+
+@contextlib.contextmanager
+def _recorded_reads(tracer: Tracer, paths: dict[int, str]) -> Iterator[None]:
+    """Record which instance attributes of the traced modules user code reads."""
+    thread = threading.get_ident()
+    reads, inlined = tracer.result.reads, tracer.result.inlined
+
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if name.startswith("__") or id(self) not in paths or threading.get_ident() != thread:
+            return value
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith(("torch.fx.", "dlkern.")) or caller == "torch.nn.modules.module":
+            return value
+        path = paths[id(self)]
+        if name == "forward":
+            inlined.add(path)  # called directly, round __call__ and its hooks
+        elif name == "_modules":
+            reads[path, "_modules"] = tuple(value)
+        elif name not in _MODULE_INTERNALS and name in object.__getattribute__(self, "__dict__"):
+            reads[path, name] = value
+        return value
+
+    nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+
+
+@contextlib.contextmanager
+def _unreadable_modes() -> Iterator[None]:
+    """A forward that branches on a global mode would have that branch frozen in: refuse."""
+    names = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+    originals = {name: getattr(torch, name) for name in names}
+
+    def guarded(name: str) -> Callable[..., Any]:
+        def query(*args: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if not caller.startswith(("torch.", "dlkern.")):
+                raise Refused(f"asks torch.{name}()")
+            return originals[name](*args)
+
+        return query
+
+    for name in names:
+        setattr(torch, name, guarded(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, originals[name])
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every module's ``training`` flag set, without calling anybody's ``train()``, and put back."""
+    before = [(m, m.training) for m in model.modules()]
+    for m, _ in before:
+        m.__dict__["training"] = training
+    try:
+        yield
+    finally:
+        for m, was in before:
+            m.__dict__["training"] = was
+
+
+def has_hooks(m: nn.Module) -> bool:
+    """Whether calling this module runs more than its class's forward."""
+    return bool(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        or _has_any_global_hook()
+    )
