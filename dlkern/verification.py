@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 VARIANTS = ("memory_format", "threads", "ulp")
+_ALL_VARIANTS = (*VARIANTS, "float64")
 _ULP_REPEATS = 3  # one sign pattern alone can be lucky
 
 #: A difference within this many units in the last place of the row's norm needs no yardstick.
@@ -93,7 +94,8 @@ def verify(
         backward: compare the gradients of all parameters that require one, too.
         variants: of "memory_format" (channels_last against contiguous, models with 4-D input and
             parameters), "threads" (one thread against the current number; CPU), "ulp" (input moved by one
-            unit in the last place, three random sign patterns).
+            unit in the last place, three random sign patterns), "float64" (the whole model in double, for
+            a model whose other memory format cannot be run).
 
     Raises:
         TypeError: something that is no module.
@@ -102,9 +104,9 @@ def verify(
     for name, value in (("reference_model", reference_model), ("model", model)):
         if not isinstance(value, nn.Module):
             raise TypeError(f"{name}: expected a torch.nn.Module, got {type(value).__name__}")
-    unknown = set(variants) - set(VARIANTS)
+    unknown = set(variants) - set(_ALL_VARIANTS)
     if unknown:
-        raise ValueError(f"variants: expected some of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"variants: expected some of {', '.join(_ALL_VARIANTS)}, got {', '.join(sorted(unknown))}")
     _check_alike(reference_model, model)
     args, kwargs = _arguments(sample)
     with _preserved(reference_model), _preserved(model), torch.random.fork_rng(devices=_cuda_devices(args, kwargs)):
@@ -116,7 +118,7 @@ def verify(
         for label, run in _variants(reference_model, args, kwargs, backward, seed, variants):
             used.append(label)
             for key, value in run.items():
-                spread[key] = max(spread[key], _difference(value, base[key]))
+                spread[key] = max(spread[key], _difference(value.to(base[key].dtype), base[key]))
     rows = []
     for (kind, name), value in base.items():
         difference = _difference(ours[kind, name], value)
@@ -228,6 +230,13 @@ def _variants(
         finally:
             torch.set_num_threads(threads)
         yield "threads", run
+    if "float64" in wanted and any(t.is_floating_point() for t in leaves):
+
+        def widen(t: Any) -> Any:
+            return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+        twin = copy.deepcopy(model).double()
+        yield "float64", _run(twin, *pytree.tree_map(widen, (args, kwargs)), backward, seed)
     if "ulp" in wanted and any(t.is_floating_point() for t in leaves):
         for repeat in range(_ULP_REPEATS):
             generator = torch.Generator().manual_seed(repeat)

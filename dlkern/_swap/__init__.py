@@ -136,9 +136,12 @@ def explain(model: nn.Module) -> Report:
 
 def _row(model: nn.Module, path: str, label: str, owner: str) -> Row:
     """A swapped site, with the backend that its device and dtype get by default."""
-    norm = model.get_submodule(path)
+    norm = dict(model.named_modules()).get(path)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return Row(path, KIND, "torch", f"replaced by a {type(norm).__name__} after the swap", owner, label)
     like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
-    request = Request(like.device.type, like.dtype, like.dtype, False, norm.training, "+add" in label, label.split("+")[-1])
+    parts = label.split("+")
+    request = Request(like.device.type, like.dtype, like.dtype, False, norm.training, "add" in parts, parts[-1])
     try:
         choice = dispatch.choose(op.NAME, request)
     except RuntimeError as error:  # a forced backend that cannot run it

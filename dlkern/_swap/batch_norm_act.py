@@ -79,6 +79,8 @@ _FUNCTIONS: dict[Any, Callable[..., Activation]] = {
     F.hardsigmoid: _plain("hardsigmoid"),
 }
 _METHODS = {name + end: Activation(name) for name in ("relu", "sigmoid", "tanh") for end in ("", "_")}
+#: Activations whose output PyTorch itself keeps for backward, as the fused op does.
+_KEPT_BY_PYTORCH = ("relu", "sigmoid", "tanh")
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -195,6 +197,8 @@ class _Matcher:
             bypassed.append(str(node.target))
             attributes = _attributes(str(node.target), self._module(node))
         self._refuse_mutations(source, span)
+        if residual is not None and activation.name not in _KEPT_BY_PYTORCH:
+            self._refuse_later_mutations(span)
         return Site(path, f"{label}+{activation.name}", span, source, residual, activation, bypassed, attributes)
 
     def _activation(self, node: fx.Node) -> Activation | None:
@@ -261,6 +265,12 @@ class _Matcher:
                 raise NotASite(f"{self._describe(node)} may write to its input before the activation")
             if node.meta.get("untraced") and source in node.all_input_nodes:
                 raise NotASite(f"{self._at(node.target)} takes its input before the activation and could not be traced")
+
+    def _refuse_later_mutations(self, span: list[fx.Node]) -> None:
+        """Backward keeps the output or the residual, which PyTorch's own does not: nobody may write to them."""
+        for node, position in self.order.items():
+            if position > self.order[span[-1]] and self._writes_first_argument(node) and not self._is_fresh(node.args[0]):
+                raise NotASite(f"{self._describe(node)} may write to what its backward keeps")
 
     def _writes_first_argument(self, node: fx.Node) -> bool:
         if not node.args:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
 from . import batch_norm_act as rule
 from .batch_norm_act import Site
-from .classes import Plan, SwappedSite, plan_of
+from .classes import Plan, SwappedSite
 from .codegen import forward_source
 from .trace import UNKNOWN, Call, Kind, Refused, Trace, Tracer, mode
 
@@ -88,8 +89,8 @@ def _search(
     if rule.is_leaf(root):
         return
     try:
-        if plan_of(root) is not None or isinstance(root, fx.GraphModule):
-            raise Refused(f"is a {type(root).__name__}")
+        if isinstance(root, (fx.GraphModule, torch.jit.ScriptModule)):
+            raise Refused("is a GraphModule" if isinstance(root, fx.GraphModule) else "is a ScriptModule")
         trace = Tracer(rule.is_leaf).run(root)
     except Refused as refusal:
         for name, child in root.named_children():

@@ -131,7 +131,7 @@ class _NoUnwitnessedCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _has_proxy(args) and not _has_proxy(kwargs):
             name = getattr(func, "__name__", str(func))
-            if name not in _METADATA:
+            if name not in _METADATA and name != "_set_grad_enabled":  # create_node sees what that does
                 raise Refused(f"calls {name} on none of its inputs")
         return func(*args, **(kwargs or {}))
 
@@ -206,6 +206,7 @@ class Tracer(fx.Tracer):
         self._stack: list[str] = [""]
         self._modes_at_start = _modes()
         self._lists: list[tuple[str, list[Any], list[Any]]] = []
+        self._thread = threading.get_ident()  # fx patches modules for all threads; the others go on as ever
 
     # ------------------------------------------------------------------------------ running
     def run(self, root: nn.Module) -> Trace:
@@ -277,10 +278,17 @@ class Tracer(fx.Tracer):
     def _is_parameter_or_buffer(self, tensor: torch.Tensor) -> bool:
         return any(tensor is t for t in self.root.parameters()) or any(tensor is t for t in self.root.buffers())
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self._is_leaf(m):
             return self._call_leaf(m, path, args, kwargs)
@@ -319,7 +327,10 @@ class Tracer(fx.Tracer):
 
     def _call_inlined(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         if "forward" in m.__dict__ or isinstance(m, (fx.GraphModule, torch.jit.ScriptModule)):
-            reason = "its forward is an instance attribute" if "forward" in m.__dict__ else f"is a {type(m).__name__}"
+            if "forward" in m.__dict__:
+                reason = "its forward is an instance attribute"
+            else:
+                reason = f"is a {'GraphModule' if isinstance(m, fx.GraphModule) else 'ScriptModule'}"
             self.result.opaque[path] = reason
             return self._untraced(self.create_proxy("call_module", path, args, kwargs))
         last = next(iter(reversed(self.graph.nodes)), None)
@@ -469,11 +480,12 @@ def _unreadable_modes() -> Iterator[None]:
     """A forward that branches on a global mode would have that branch frozen in: refuse."""
     names = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
     originals = {name: getattr(torch, name) for name in names}
+    thread = threading.get_ident()
 
     def guarded(name: str) -> Callable[..., Any]:
         def query(*args: Any) -> Any:
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if not caller.startswith(("torch.", "dlkern.")):
+            if threading.get_ident() == thread and not caller.startswith(("torch.", "dlkern.")):
                 raise Refused(f"asks torch.{name}()")
             return originals[name](*args)
 

@@ -1,0 +1,264 @@
+"""Small models for the swap tests: each holds one situation. They live in a module so that they pickle."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvBN(nn.Module):
+    """conv and bn as children; subclasses say what follows."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Block(nn.Module):
+    """A residual block with one ReLU shared by both of its sites."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        return self.relu(out)
+
+
+class Stack(nn.Sequential):
+    """conv-bn-relu, two residual blocks, conv-bn-silu: 6 sites, from containers nested in a container."""
+
+    def __init__(self, channels: int = 8) -> None:
+        conv = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        stem = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        head = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.SiLU())
+        super().__init__(stem, Block(channels), Block(channels), head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Masked(ConvBN):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        if mask is not None:
+            y = y * mask
+        return y
+
+
+class Switched(ConvBN):
+    """Reads plain attributes."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        self.scale = 1.0
+        self.extra: nn.Module | None = None
+        self.act = F.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn(self.conv(x)))
+        if self.extra is not None:
+            y = self.extra(y)
+        return y * self.scale
+
+
+class InPlaceResidual(ConvBN):
+    """``x += bn(...)`` writes into a tensor that is used again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        first = h * 2
+        alias = first
+        first += self.bn(h)
+        return F.relu(first) + alias
+
+
+class CallersResidual(ConvBN):
+    """``x += bn(...)`` where x is the caller's tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x * 1)
+        x += self.bn(h)
+        return F.relu(x)
+
+
+class Noisy(ConvBN):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x))) + torch.rand(1)
+
+
+class StopsGradient(ConvBN):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.conv(x)
+        return F.relu(self.bn(h))
+
+
+class AutocastRegion(ConvBN):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.conv(x)
+        return F.relu(self.bn(h.float()))
+
+
+class AsksGradMode(ConvBN):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        return y if torch.is_grad_enabled() else y * 2
+
+
+class Remembers(ConvBN):
+    """Keeps an intermediate and counts its calls."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        self.count = 0
+        self.history: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.history.append(self.count)
+        self.feat = self.bn(self.conv(x))
+        return F.relu(self.feat)
+
+
+class BranchesOnType(ConvBN):
+    def forward(self, x: Any) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        shape = y.shape
+        return y if isinstance(shape, torch.Size) else y * 2
+
+
+class BranchesOnValue(nn.Module):
+    """A forward that no trace can follow, round a child that can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ConvBN()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() > -1e9 else x
+
+
+class NormTwice(ConvBN):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(h)))
+
+
+class WritesBetween(ConvBN):
+    """The norm's input is overwritten before the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).view(x.shape)
+        y = self.bn(h)
+        h.zero_()
+        return F.relu(y + h)
+
+
+class TakesList(nn.Module):
+    """Takes a list and writes into it, as HRNet's modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = ConvBN(), ConvBN()
+        self.norm, self.act = nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        x[0] = self.a(x[0])
+        return [self.act(self.norm(x[0])), self.b(x[1])]
+
+
+class ListOwner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TakesList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = [x, x * 2]
+        ys = self.inner(xs)
+        return ys[0] + ys[1] + xs[0]
+
+
+class AcrossContainers(nn.Module):
+    """The norm ends a container, the activation stands outside: DenseNet's end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv, norm = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.features = nn.Sequential(ConvBN(), nn.BatchNorm2d(8), nn.ReLU(inplace=True), conv, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.features(x), inplace=True)
+
+
+class LaterWrite(ConvBN):
+    """The output of a residual SiLU is overwritten later, which PyTorch's own backward allows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.bn(self.conv(x)) + x)
+        y.mul_(2)
+        return y
+
+
+class PromotesResidual(ConvBN):
+    """A residual of another dtype, added in place and out of place."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        if self.in_place:
+            y += residual
+        else:
+            y = y + residual
+        return F.relu(y)
+
+
+class SavedTensorsRegion(ConvBN):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return F.relu(self.bn(self.conv(x)))
+
+
+class OptionalResult(nn.Module):
+    """Its inner module cannot be traced, and returns None sometimes."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        if float(x.detach().sum()) == float("inf"):
+            return x
+        return x if self.answer else None
+
+
+class UsesOptional(ConvBN):
+    def __init__(self, answer: bool) -> None:
+        super().__init__()
+        self.inner = OptionalResult(answer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        z = self.inner(y)
+        return y * 3 if z is None else z
+
+
+def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A model and an independent copy of it."""
+    return model, copy.deepcopy(model)
