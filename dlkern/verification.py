@@ -57,8 +57,8 @@ class VerifyReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{'ok' if self.ok else 'NOT ok'}: {len(self.rows) - len(self.failed)} of {len(self.rows)} rows within twice "
-            f"the worst difference of PyTorch against itself ({', '.join(self.variants)})",
+            f"{'ok' if self.ok else 'NOT ok'}: {len(self.rows) - len(self.failed)} of {len(self.rows)} rows within "
+            f"twice the worst difference of PyTorch against itself ({', '.join(self.variants)})",
             "",
             f"{'':4}{'kind':10}{'name':48}{'difference':>12}{'PyTorch':>12}{'ratio':>8}",
         ]

@@ -7,13 +7,13 @@ import pickle
 from collections.abc import Callable
 
 import pytest
+import swap_models as models
 import torch
 import torch.nn.functional as F
+from test_swap import assert_same, calls
 from torch import nn
 
 import dlkern
-import swap_models as models
-from test_swap import assert_same, calls
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_lists_as_arguments_and_results(h: torch.Tensor) -> None:
     assert calls(model) == (3, 0)
     ys = model.inner([h, h])
     assert len(ys) == 2
-    with pytest.raises(IndexError, match="."):
+    with pytest.raises(IndexError, match=r"."):
         model.inner([h])
 
 

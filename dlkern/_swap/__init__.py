@@ -158,8 +158,8 @@ def _refuse_extended(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if is_extended(module):
             raise RuntimeError(
-                f"{path or 'the model'}: its class was extended after the swap (by FSDP2, a parametrization, ...), so it "
-                "cannot be changed now; undo that first, or run PyTorch's own ops under dlkern.backend('torch')"
+                f"{path or 'the model'}: its class was extended after the swap (by FSDP2, a parametrization, ...), so "
+                "it cannot be changed now; undo that first, or run PyTorch's own ops under dlkern.backend('torch')"
             )
 
 
@@ -167,7 +167,7 @@ def _refuse_extended(model: nn.Module) -> None:
 def _as_unswapped(model: nn.Module) -> Iterator[None]:
     """The modules under their own classes while they are traced."""
     swapped = [(m, type(m)) for m in model.modules() if plan_of(m) is not None and not is_extended(m)]
-    for module, cls in swapped:
+    for module, _ in swapped:
         module.__class__ = plan_of(module)[0]  # type: ignore[index]
     try:
         yield

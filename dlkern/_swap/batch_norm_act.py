@@ -18,7 +18,8 @@ from dlkern import activations, functional
 from dlkern.kernels.activation import Activation
 from dlkern.nn import batch_norm_act as layer
 
-from .trace import INPLACE_OPERATORS, TENSOR, Trace, has_hooks
+from .trace import INPLACE_OPERATORS, TENSOR, Trace
+from .witness import has_hooks
 
 KIND = "batch_norm_act"
 
@@ -216,7 +217,9 @@ class _Matcher:
         return None
 
     def _is_identity(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and type(self._module(node)) is nn.Identity and not has_hooks(self._module(node))
+        return (
+            node.op == "call_module" and type(self._module(node)) is nn.Identity and not has_hooks(self._module(node))
+        )
 
     def _next(self, node: fx.Node, span: list[fx.Node], bypassed: list[str]) -> fx.Node:
         """The one user of a node, past hook-free identities."""
@@ -269,7 +272,11 @@ class _Matcher:
     def _refuse_later_mutations(self, span: list[fx.Node]) -> None:
         """Backward keeps the output or the residual, which PyTorch's own does not: nobody may write to them."""
         for node, position in self.order.items():
-            if position > self.order[span[-1]] and self._writes_first_argument(node) and not self._is_fresh(node.args[0]):
+            if (
+                position > self.order[span[-1]]
+                and self._writes_first_argument(node)
+                and not self._is_fresh(node.args[0])
+            ):
                 raise NotASite(f"{self._describe(node)} may write to what its backward keeps")
 
     def _writes_first_argument(self, node: fx.Node) -> bool:

@@ -24,7 +24,8 @@ from dlkern.kernels.activation import Activation
 from . import batch_norm_act as rule
 from . import runtime
 from .batch_norm_act import Site
-from .trace import TENSOR, VALUE, Kind, Refused, Trace, is_plain
+from .trace import TENSOR, VALUE, Kind, Trace, is_plain
+from .witness import Refused
 
 
 class Source(NamedTuple):
@@ -120,7 +121,9 @@ class _Body:
         for path in sorted(trace.inlined, key=_depth):
             self._guard_module(path, f"inlined module {path}", bypassed=True)
             if path:
-                self._guard(f"{self.local(path)}.training is self.training", f"{path}.training differs from its owner's")
+                self._guard(
+                    f"{self.local(path)}.training is self.training", f"{path}.training differs from its owner's"
+                )
         for site in self.sites:
             for path in site.bypassed:
                 self._guard_module(path, f"module {path}", bypassed=True)
@@ -158,7 +161,9 @@ class _Body:
         owner = self.local(path)
         label = f"{path + '.' if path else ''}{attribute}"
         if attribute == "_modules":
-            self._guard(f"tuple({owner}._modules) == {self.names.literal(value)}", f"children of {path or 'self'} changed")
+            self._guard(
+                f"tuple({owner}._modules) == {self.names.literal(value)}", f"children of {path or 'self'} changed"
+            )
         elif is_plain(value):
             same = "is" if value is None or isinstance(value, bool) else "=="
             text = self.names.literal(value)
@@ -331,7 +336,10 @@ def forward_source(base: type[nn.Module], modes: dict[bool, tuple[Trace, list[Si
     head = ", ".join(["self", *parameters])
     stock = f"return _base.forward({', '.join(['self', *arguments])})"
     both = len(bodies) == 2 and (bodies[True].guards, bodies[True].lines) == (bodies[False].guards, bodies[False].lines)
-    lines, reasons = [f"def forward({head}):", "    _m = self._modules"], [f"def why({head}):", "    _m = self._modules"]
+    lines, reasons = (
+        [f"def forward({head}):", "    _m = self._modules"],
+        [f"def why({head}):", "    _m = self._modules"],
+    )
     lines.append(f"    _c = {names.imported(runtime.calls)}(self)")
     for training, body in bodies.items():
         if both and not training:
@@ -353,7 +361,12 @@ def forward_source(base: type[nn.Module], modes: dict[bool, tuple[Trace, list[Si
 
 def _guarded(body: _Body, indent: str) -> list[str]:
     conditions = f"\n{indent}    and ".join(e for e, _ in body.guards)
-    return [f"{indent}if (", f"{indent}    {conditions}", f"{indent}):", *(f"{indent}    {line}" for line in body.lines)]
+    return [
+        f"{indent}if (",
+        f"{indent}    {conditions}",
+        f"{indent}):",
+        *(f"{indent}    {line}" for line in body.lines),
+    ]
 
 
 def _miss(body: _Body, head: str, arguments: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +13,8 @@ from . import batch_norm_act as rule
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
 from .codegen import forward_source
-from .trace import UNKNOWN, Call, Kind, Refused, Trace, Tracer, mode
+from .trace import UNKNOWN, Call, Kind, Trace, Tracer
+from .witness import Refused, mode
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -125,7 +126,7 @@ def _collect(
             _add_leaf(modules[site.norm], path, training, owners)
             continue
         stacks = [node.meta["stack"] for node in site.span]
-        common = os.path.commonprefix(stacks)
+        common = [level[0] for level in itertools.takewhile(lambda s: len(set(s)) == 1, zip(*stacks, strict=False))]
         owner_path = common[-1]
         owner = owners.setdefault(join(prefix, owner_path), Owner(join(prefix, owner_path), modules[owner_path]))
         owner.calls[training] = trace.calls.get(owner_path)

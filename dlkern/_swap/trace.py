@@ -8,14 +8,12 @@ the generated code can be guarded by it.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import operator
-import random
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.proxy import Attribute, TraceError
-from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import TorchFunctionMode
+
+from .witness import NoUnwitnessedCalls, Refused, Untouched, modes, recorded_reads, unreadable_modes
 
 #: fx patches torch.nn.Module for the whole process while it traces: one trace at a time.
 LOCK = threading.RLock()
@@ -42,9 +40,9 @@ INPLACE_OPERATORS = tuple(
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 )
 #: Layers and functions that make a tensor of a tensor; convolutions and norms make one of whatever they take.
+_ALWAYS_TENSOR = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
 _TENSOR_MODULES = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
+    *_ALWAYS_TENSOR,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
@@ -60,12 +58,6 @@ _TENSOR_MODULES = (
     nn.Flatten,
 )
 _TENSOR_FUNCTIONS = {operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.flatten, F.relu, F.silu}
-#: What a forward may ask of a tensor that does not depend on its input: metadata, which cannot change silently.
-_METADATA = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__", "ndimension"}
-
-
-class Refused(Exception):
-    """A forward that cannot be rewritten, with the reason in words."""
 
 
 def kind_of(value: Any) -> Kind:
@@ -104,9 +96,6 @@ class _Proxy(fx.Proxy):
         raise Refused("tests the type of an intermediate value with isinstance")
 
 
-#: What every module keeps in its ``__dict__``; ``training`` is guarded on its own.
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__)
-
 _STANDARD_LIBRARY = {"inspect", "copy", "functools", "operator", "typing", "collections.abc", "abc", "contextlib"}
 
 
@@ -123,39 +112,6 @@ for _function in INPLACE_OPERATORS:
 
 class _Attribute(Attribute, _Proxy):
     """``proxy.name``: a method call if it is called, else an attribute read."""
-
-
-class _NoUnwitnessedCalls(TorchFunctionMode):
-    """Refuses torch functions that see none of the forward's inputs: their result would be frozen in."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _has_proxy(args) and not _has_proxy(kwargs):
-            name = getattr(func, "__name__", str(func))
-            if name not in _METADATA and name != "_set_grad_enabled":  # create_node sees what that does
-                raise Refused(f"calls {name} on none of its inputs")
-        return func(*args, **(kwargs or {}))
-
-
-def _has_proxy(value: Any) -> bool:
-    if isinstance(value, fx.Proxy):
-        return True
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_proxy, value))
-    if isinstance(value, dict):
-        return any(map(_has_proxy, value.values()))
-    return False
-
-
-def _modes() -> tuple[Any, ...]:
-    """What a region of a forward could change for the ops in it."""
-    saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cuda"),
-        torch.is_autocast_enabled("cpu"),
-        saved_tensors_hooks is None,
-    )
 
 
 @dataclass
@@ -204,7 +160,7 @@ class Tracer(fx.Tracer):
         self._results = results or {}
         self._kinds = kinds
         self._stack: list[str] = [""]
-        self._modes_at_start = _modes()
+        self._modes_at_start = modes()
         self._lists: list[tuple[str, list[Any], list[Any]]] = []
         self._thread = threading.get_ident()  # fx patches modules for all threads; the others go on as ever
 
@@ -213,26 +169,18 @@ class Tracer(fx.Tracer):
         """Trace root's forward. Raises Refused with the reason where that cannot be done."""
         self.result = Trace(fx.Graph(), root)
         paths = {id(m): path for path, m in root.named_modules()}
-        states = (random.getstate(), torch.get_rng_state())
-        before = {id(m): _snapshot(m) for m in root.modules()}
-        refusal: Refused | None = None
-        try:
-            with _recorded_reads(self, paths), _unreadable_modes(), _NoUnwitnessedCalls():
-                self.result.graph = self.trace(root)
-        except Refused as error:
-            refusal = error
-        except Exception as error:  # user code on proxies can raise anything
-            refusal = Refused(_first_line(error))
-        finally:
-            changed = [m for m in root.modules() if _restore(m, before[id(m)])]
-            self.result.dirty = {paths[id(m)] for m in changed}
-            rng_used = random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1])
-            random.setstate(states[0])
-            torch.set_rng_state(states[1])
-        if refusal is not None:
-            raise refusal
-        if rng_used:
+        reads, inlined = self.result.reads, self.result.inlined
+        with Untouched(root) as state:
+            try:
+                with recorded_reads(paths, reads, inlined), unreadable_modes(), NoUnwitnessedCalls():
+                    self.result.graph = self.trace(root)
+            except Refused:
+                raise
+            except Exception as error:  # user code on proxies can raise anything
+                raise Refused(_first_line(error)) from error
+        if state.drew_random_numbers:
             raise Refused("draws random numbers outside of torch functions of its inputs")
+        self.result.dirty = {paths[id(m)] for m in state.dirty}
         for name, now, then in self._lists:
             if len(now) != len(then):
                 raise Refused(f"changes the length of its argument {name}")
@@ -248,7 +196,7 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes_at_start:
+        if modes() != self._modes_at_start:
             raise Refused("changes grad mode, autocast or saved-tensor hooks in its forward")
         node = super().create_node(*args, **kwargs)
         node.meta["stack"] = tuple(self._stack)
@@ -261,7 +209,9 @@ class Tracer(fx.Tracer):
             return True
         inputs = [a for a in node.args if isinstance(a, fx.Node)]
         if not inputs or not inputs[0].meta["tensor"]:
-            return node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), _TENSOR_MODULES[:2])
+            return node.op == "call_module" and isinstance(
+                self.root.get_submodule(str(node.target)), _TENSOR_MODULES[:2]
+            )
         if node.op == "call_module":
             return isinstance(self.root.get_submodule(str(node.target)), _TENSOR_MODULES)
         return node.op == "call_function" and node.target in _TENSOR_FUNCTIONS
@@ -348,7 +298,7 @@ class Tracer(fx.Tracer):
         self._stack.pop()
         known = self.result.calls.get(path)
         if known is not None and known != call:
-            call = Call({name: UNKNOWN for name in call.arguments}, UNKNOWN)
+            call = Call(dict.fromkeys(call.arguments, UNKNOWN), UNKNOWN)
         self.result.calls[path] = call
         self.result.inlined.add(path)
         return returned
@@ -409,117 +359,3 @@ def _first_line(error: BaseException) -> str:
     if isinstance(error, TraceError):
         return f"its forward depends on values of its input ({text[0] if text else 'control flow'})"
     return f"its forward cannot be traced ({type(error).__name__}: {text[0][:120] if text else ''})"
-
-
-# ------------------------------------------------------------------- what a forward reads and writes
-def _snapshot(m: nn.Module) -> dict[str, tuple[Any, Any]]:
-    return {k: (v, _shallow(v)) for k, v in m.__dict__.items()}
-
-
-def _shallow(value: Any) -> Any:
-    return value.copy() if isinstance(value, (dict, list, set)) else None
-
-
-def _same_contents(value: Any, copy: Any) -> bool:
-    if isinstance(value, dict):
-        return len(value) == len(copy) and all(k in copy and copy[k] is v for k, v in value.items())
-    if isinstance(value, list):
-        return len(value) == len(copy) and all(a is b for a, b in zip(value, copy, strict=True))
-    return value == copy if isinstance(value, set) else True
-
-
-def _restore(m: nn.Module, before: dict[str, tuple[Any, Any]]) -> bool:
-    """Put a module's attributes back as they were; True where one had been written."""
-    now = m.__dict__
-    changed = False
-    for key in [k for k in now if k not in before]:
-        del now[key]
-        changed = True
-    for key, (value, copy) in before.items():
-        if key not in now or now[key] is not value:
-            now[key] = value
-            changed = True
-        if copy is not None and not _same_contents(value, copy):
-            changed = True
-            value.clear()
-            value.extend(copy) if isinstance(value, list) else value.update(copy)
-    return changed
-
-
-@contextlib.contextmanager
-def _recorded_reads(tracer: Tracer, paths: dict[int, str]) -> Iterator[None]:
-    """Record which instance attributes of the traced modules user code reads."""
-    thread = threading.get_ident()
-    reads, inlined = tracer.result.reads, tracer.result.inlined
-
-    def __getattribute__(self: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(self, name)
-        if name.startswith("__") or id(self) not in paths or threading.get_ident() != thread:
-            return value
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith(("torch.fx.", "dlkern.")) or caller == "torch.nn.modules.module":
-            return value
-        path = paths[id(self)]
-        if name == "forward":
-            inlined.add(path)  # called directly, round __call__ and its hooks
-        elif name == "_modules":
-            reads[path, "_modules"] = tuple(value)
-        elif name not in _MODULE_INTERNALS and name in object.__getattribute__(self, "__dict__"):
-            reads[path, name] = value
-        return value
-
-    nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del nn.Module.__getattribute__
-
-
-@contextlib.contextmanager
-def _unreadable_modes() -> Iterator[None]:
-    """A forward that branches on a global mode would have that branch frozen in: refuse."""
-    names = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-    originals = {name: getattr(torch, name) for name in names}
-    thread = threading.get_ident()
-
-    def guarded(name: str) -> Callable[..., Any]:
-        def query(*args: Any) -> Any:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if threading.get_ident() == thread and not caller.startswith(("torch.", "dlkern.")):
-                raise Refused(f"asks torch.{name}()")
-            return originals[name](*args)
-
-        return query
-
-    for name in names:
-        setattr(torch, name, guarded(name))
-    try:
-        yield
-    finally:
-        for name in names:
-            setattr(torch, name, originals[name])
-
-
-@contextlib.contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every module's ``training`` flag set, without calling anybody's ``train()``, and put back."""
-    before = [(m, m.training) for m in model.modules()]
-    for m, _ in before:
-        m.__dict__["training"] = training
-    try:
-        yield
-    finally:
-        for m, was in before:
-            m.__dict__["training"] = was
-
-
-def has_hooks(m: nn.Module) -> bool:
-    """Whether calling this module runs more than its class's forward."""
-    return bool(
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or "forward" in m.__dict__
-        or _has_any_global_hook()
-    )

@@ -1,0 +1,111 @@
+"""verify: the whole-model rule, and that it can fail."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import swap_models as models
+import torch
+from torch import nn
+
+import dlkern
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_swapped_model_is_ok_and_nothing_is_left_behind(x: torch.Tensor) -> None:
+    plain = models.Stack()
+    plain[1].bn1.eval()
+    model = dlkern.swap(copy.deepcopy(plain))
+    x.requires_grad_()
+    for m in (plain, model):
+        m(x).sum().backward()
+    kept = [
+        ([p.grad.clone() for p in m.parameters()], copy.deepcopy(m.state_dict()), [k.training for k in m.modules()])
+        for m in (plain, model)
+    ]
+    threads, rng = torch.get_num_threads(), torch.get_rng_state()
+    report = dlkern.verify(plain, model, x)
+    assert report.ok, report
+    assert {row.kind for row in report.rows} == {"output", "gradient", "buffer"}
+    assert [row.name for row in report.rows if row.kind == "gradient"] == [n for n, _ in plain.named_parameters()]
+    assert report.variants[0] == "memory format"
+    assert "ok:" in str(report)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert threads == torch.get_num_threads()
+    for m, (grads, state, modes) in zip((plain, model), kept, strict=True):
+        assert all(torch.equal(p.grad, g) for p, g in zip(m.parameters(), grads, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), state.values(), strict=True))
+        assert [k.training for k in m.modules()] == modes
+    assert not any(row.kind == "gradient" for row in dlkern.verify(plain, model, x, backward=False).rows)
+
+
+@pytest.mark.parametrize("wrong", ["eps", "momentum", "slope", "weight"])
+def test_a_wrong_model_is_not_ok(x: torch.Tensor, wrong: str) -> None:
+    plain = models.Stack()
+    model = copy.deepcopy(plain)
+    if wrong == "eps":
+        model[1].bn2.eps = 1e-3
+    elif wrong == "momentum":
+        model[2].bn1.momentum = 0.1001
+    elif wrong == "slope":
+        model[1].relu = nn.LeakyReLU(1e-3)
+    else:
+        with torch.no_grad():
+            model[2].conv2.weight.mul_(1 + 1e-4)
+    report = dlkern.verify(plain, model, x)
+    assert not report.ok
+    assert report.failed
+    assert "NOT ok" in str(report)
+    assert "!!" in str(report)
+    if wrong == "momentum":
+        assert {row.name for row in report.failed} == {"2.bn1.running_mean", "2.bn1.running_var"}
+
+
+def test_a_nan_is_not_ok(x: torch.Tensor) -> None:
+    class Poisoned(models.Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * torch.tensor([float("nan")] + [1.0] * 7)
+
+    plain, model = models.Stack(), Poisoned()
+    model.load_state_dict(plain.state_dict())
+    assert not dlkern.verify(plain, model, x).ok
+
+
+def test_inputs_and_outputs_of_every_shape(x: torch.Tensor) -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = models.Stack()
+
+        def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, object]:
+            y = self.body(x) * scale
+            return {"logits": y, "aux": [y[0], (y * 2, None)]}
+
+    plain = Many()
+    model = dlkern.swap(copy.deepcopy(plain))
+    report = dlkern.verify(plain, model, {"x": x, "scale": 2.0})
+    assert report.ok, report
+    assert sum(row.kind == "output" for row in report.rows) == 3
+    assert dlkern.verify(plain, model, (x, 3.0)).ok
+
+
+def test_dropout_draws_the_same_numbers(x: torch.Tensor) -> None:
+    plain = nn.Sequential(models.Stack(), nn.Dropout(0.5))
+    assert dlkern.verify(plain, dlkern.swap(copy.deepcopy(plain)), x).ok
+
+
+def test_bad_arguments(x: torch.Tensor) -> None:
+    plain = models.Stack()
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
+        dlkern.verify(plain, 3, x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected both in one mode, got training=True"):
+        dlkern.verify(plain, copy.deepcopy(plain).eval(), x)
+    with pytest.raises(ValueError, match="same parameters"):
+        dlkern.verify(plain, models.ConvBN(), x)
+    with pytest.raises(ValueError, match="got speed"):
+        dlkern.verify(plain, plain, x, variants=("speed",))
