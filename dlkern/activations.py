@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from dlkern.kernels.activation import NAMES, Activation, from_name
+from dlkern.kernels.activation import CODES, NAMES, Activation, from_name
 
 #: torch.nn's activation modules by exact type, each with how its Activation is read off an instance.
 _MODULES: dict[type[nn.Module], Callable[[nn.Module], Activation | None]] = {
@@ -23,6 +23,8 @@ _MODULES: dict[type[nn.Module], Callable[[nn.Module], Activation | None]] = {
     nn.ELU: lambda m: Activation("elu", float(m.alpha)),  # type: ignore[arg-type]
 }
 
+_BY_NAME = {name: from_name(name) for name in NAMES}
+
 
 def from_module(module: nn.Module) -> Activation | None:
     """The Activation that a module of torch.nn computes, or None for any other type (subclasses too)."""
@@ -37,11 +39,11 @@ def resolve(activation: str | nn.Module | Activation) -> Activation:
         ValueError: an unknown name or module type; the message lists the known ones.
     """
     if isinstance(activation, Activation):
-        if activation.name not in NAMES:
-            from_name(activation.name)
+        if activation.name not in CODES:
+            from_name(activation.name)  # raises
         return activation
     if isinstance(activation, str):
-        return from_name(activation)
+        return _BY_NAME.get(activation) or from_name(activation)
     found = from_module(activation) if isinstance(activation, nn.Module) else None
     if found is None:
         known = ", ".join(t.__name__ for t in _MODULES)

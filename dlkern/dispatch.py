@@ -7,15 +7,12 @@ op's default order, of which the first implementation that supports the request 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
-
-import torch
 
 BACKENDS = ("torch", "reference", "cpu", "triton", "cuda", "numba")
 
@@ -37,8 +34,9 @@ class Choice(NamedTuple):
 
 _OPS: dict[str, Op] = {}
 
-#: Forced backends by op name; the key "*" stands for every op that has the backend.
-_forced: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("dlkern_forced", default={})  # noqa: B039
+#: Forced backends by op name; the key "*" stands for every op that has the backend. A plain global, as
+#: torch.backends' flags are: worker threads of the user's see it, and torch.compile guards on it.
+_forced: dict[str, str] = {}
 _choices: dict[tuple[Any, ...], Choice] = {}
 
 
@@ -51,6 +49,16 @@ def register(op: Op) -> Op:
 def _all_ops() -> dict[str, Op]:
     importlib.import_module("dlkern.ops")
     return _OPS
+
+
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.compile call a function while it traces and take the answer as a constant.
+
+    For what imports modules or reads a cache; everything that may change between two calls is an
+    argument (of plain values), and guarded. The same as torch.compiler.assume_constant_result, without its import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 # ------------------------------------------------------------------------------- availability
@@ -73,7 +81,7 @@ def available_backends() -> dict[str, str | None]:
 # ------------------------------------------------------------------------------------- forcing
 @contextlib.contextmanager
 def backend(name: str | None = None, /, **per_op: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block.
+    """Force a backend inside a ``with`` block, for all threads of this process.
 
     ``backend("triton")`` forces every op that has a triton implementation;
     ``backend(batch_norm_act="cpu")`` forces one op. A forced backend that does not support a
@@ -87,12 +95,13 @@ def backend(name: str | None = None, /, **per_op: str) -> Iterator[None]:
         raise ValueError("backend() needs a backend's name or op=backend pairs")
     wanted = {**({} if name is None else {"*": name}), **per_op}
     _validate(wanted)
-    outer = _forced.get() if name is None else {}  # the innermost block wins
-    token = _forced.set({**outer, **wanted})
+    global _forced
+    outer = _forced
+    _forced = {**(outer if name is None else {}), **wanted}  # the innermost block wins
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = outer
 
 
 def _validate(wanted: dict[str, str]) -> None:
@@ -127,13 +136,17 @@ def _environment(value: str) -> dict[str, str]:
 
 def forced(op_name: str) -> str | None:
     """The backend that is forced for this op here and now, if any."""
-    wanted = _forced.get()
-    if wanted:
-        name = _named(wanted, op_name)
+    if _forced:
+        name = _named(_forced, op_name)
         if name is not None:
             return name
     value = os.environ.get("DLKERN_BACKEND")
-    return _named(_environment(value), op_name) if value else None
+    return _forced_outside(value, op_name) if value else None
+
+
+@_constant
+def _forced_outside(value: str, op_name: str) -> str | None:
+    return _named(_environment(value), op_name)
 
 
 def _named(wanted: dict[str, str], op_name: str) -> str | None:
@@ -144,6 +157,7 @@ def _named(wanted: dict[str, str], op_name: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------ choosing
+@functools.cache
 def implementation(op_name: str, backend_name: str) -> ModuleType:
     """The module that implements an op on a backend."""
     return importlib.import_module(_OPS[op_name].modules[backend_name])
@@ -155,13 +169,16 @@ def choose(op_name: str, request: Any) -> Choice:
     Raises:
         RuntimeError: a forced backend does not support the request.
     """
-    name = forced(op_name)
-    key = (op_name, name, request)
+    return _choose(op_name, forced(op_name), type(request), *request)
+
+
+@_constant
+def _choose(op_name: str, forced_name: str | None, request_type: type, *fields: Any) -> Choice:
+    # Fields, not the request: Dynamo hands a constant function named tuples that it made itself empty.
+    key = (op_name, forced_name, fields)
     choice = _choices.get(key)
     if choice is None:
-        choice = _decide(op_name, name, request)
-        if not torch.compiler.is_compiling():
-            _choices[key] = choice
+        choice = _choices[key] = _decide(op_name, forced_name, request_type(*fields))
     return choice
 
 
@@ -172,7 +189,7 @@ def _decide(op_name: str, forced_name: str | None, request: Any) -> Choice:
         if reason is not None:
             raise RuntimeError(f"backend {forced_name!r} was forced for {op_name} but cannot run it: {reason}")
         return Choice(forced_name, "forced")
-    reasons = []
+    reasons: list[str] = []
     for name in op.default_order(request):
         reason = _unsupported(op, name, request)
         if reason is None:

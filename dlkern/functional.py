@@ -11,8 +11,8 @@ from dlkern.ops import batch_norm_act as _batch_norm_act
 
 __all__ = ["batch_norm_act"]
 
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def batch_norm_act(
@@ -83,34 +83,26 @@ def _check_batch_norm_act(
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     dtype, device, shape = x.dtype, x.device, x.shape
-    if dtype not in _FLOATING:
+    if dtype not in DTYPES:
         raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {dtype}")
     if len(shape) < 2:
         raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(shape)}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither, got one of them")
-    channels, param_dtype = shape[1], None
-    for name, value in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
+    expected, param_dtype = shape[1:2], None
+    for i, value in enumerate((weight, bias, running_mean, running_var)):
         if value is None:
             continue
-        if value.dim() != 1 or value.shape[0] != channels:
-            raise ValueError(
-                f"{name}: expected shape ({channels},) for an input of {channels} channels, got {tuple(value.shape)}"
-            )
-        if param_dtype is None:
+        if value.shape != expected or value.device != device:
+            raise _wrong_parameter(_PARAMETERS[i], value, x)
+        if value.dtype is not param_dtype:
+            if param_dtype is not None:
+                other = f"{param_dtype} like the other parameters"
+                raise TypeError(f"{_PARAMETERS[i]}: expected {other}, got {value.dtype}")
             param_dtype = value.dtype
-            if param_dtype != dtype and not (param_dtype == torch.float32 and dtype in _HALF):
-                allowed = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
-                raise TypeError(f"{name}: expected {allowed} with an input of {dtype}, got {param_dtype}")
-        elif value.dtype != param_dtype:
-            raise TypeError(f"{name}: expected {param_dtype} like the other parameters, got {value.dtype}")
-        if value.device != device:
-            raise RuntimeError(f"{name}: expected device {device} like x, got {value.device}")
+            if param_dtype != dtype and not (param_dtype == torch.float32 and dtype in HALF_DTYPES):
+                allowed = f"{dtype} or torch.float32" if dtype in HALF_DTYPES else f"{dtype}"
+                raise TypeError(f"{_PARAMETERS[i]}: expected {allowed} with an input of {dtype}, got {param_dtype}")
     if residual is not None:
         if residual.shape != shape:
             raise ValueError(f"residual: expected shape {tuple(shape)} like x, got {tuple(residual.shape)}")
@@ -118,3 +110,15 @@ def _check_batch_norm_act(
             raise TypeError(f"residual: expected {dtype} like x, got {residual.dtype}")
         if residual.device != device:
             raise RuntimeError(f"residual: expected device {device} like x, got {residual.device}")
+
+
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _wrong_parameter(name: str, value: Tensor, x: Tensor) -> Exception:
+    channels = x.shape[1]
+    if value.device != x.device and tuple(value.shape) == (channels,):
+        return RuntimeError(f"{name}: expected device {x.device} like x, got {value.device}")
+    return ValueError(
+        f"{name}: expected shape ({channels},) for an input of {channels} channels, got {tuple(value.shape)}"
+    )

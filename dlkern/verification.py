@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,9 +101,9 @@ def verify(
         TypeError: something that is no module.
         ValueError: models in different modes or with different parameters, or an unknown variant.
     """
-    for name, value in (("reference_model", reference_model), ("model", model)):
-        if not isinstance(value, nn.Module):
-            raise TypeError(f"{name}: expected a torch.nn.Module, got {type(value).__name__}")
+    for which, candidate in (("reference_model", reference_model), ("model", model)):
+        if not isinstance(candidate, nn.Module):
+            raise TypeError(f"{which}: expected a torch.nn.Module, got {type(candidate).__name__}")
     unknown = set(variants) - set(_ALL_VARIANTS)
     if unknown:
         raise ValueError(f"variants: expected some of {', '.join(_ALL_VARIANTS)}, got {', '.join(sorted(unknown))}")
@@ -221,7 +221,7 @@ def _variants(
             return t.contiguous(memory_format=other) if isinstance(t, Tensor) and t.dim() == 4 else t
 
         twin = copy.deepcopy(model).to(memory_format=other)
-        yield "memory format", _run(twin, *pytree.tree_map(convert, (args, kwargs)), backward, seed)
+        yield "memory format", _run(twin, *_mapped(convert, args, kwargs), backward, seed)
     if "threads" in wanted and torch.get_num_threads() > 1 and all(t.device.type == "cpu" for t in leaves):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -236,7 +236,7 @@ def _variants(
             return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
         twin = copy.deepcopy(model).double()
-        yield "float64", _run(twin, *pytree.tree_map(widen, (args, kwargs)), backward, seed)
+        yield "float64", _run(twin, *_mapped(widen, args, kwargs), backward, seed)
     if "ulp" in wanted and any(t.is_floating_point() for t in leaves):
         for repeat in range(_ULP_REPEATS):
             generator = torch.Generator().manual_seed(repeat)
@@ -249,7 +249,11 @@ def _variants(
                 eps = torch.finfo(t.dtype).eps
                 return (t.detach() * torch.where(up, 1 + eps, 1 - eps).to(t.dtype)).to(t.dtype)
 
-            yield "one ulp", _run(model, *pytree.tree_map(move, (args, kwargs)), backward, seed)
+            yield "one ulp", _run(model, *_mapped(move, args, kwargs), backward, seed)
+
+
+def _mapped(function: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return pytree.tree_map(function, args), pytree.tree_map(function, kwargs)
 
 
 def _difference(value: Tensor, reference: Tensor) -> float:

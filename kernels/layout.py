@@ -44,8 +44,7 @@ def like(x: Tensor, reference: Tensor) -> Tensor:
     ``reference`` is dense. Gradients arrive with arbitrary strides (expanded, transposed, sliced).
     """
     if x.stride() == reference.stride() or all(
-        size == 1 or ours == theirs
-        for size, ours, theirs in zip(x.shape, x.stride(), reference.stride(), strict=True)
+        size == 1 or ours == theirs for size, ours, theirs in zip(x.shape, x.stride(), reference.stride(), strict=True)
     ):
         return x
     return torch.empty_like(reference, dtype=x.dtype).copy_(x)

@@ -21,7 +21,7 @@ from . import runtime
 from .batch_norm_act import KIND
 from .classes import generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
-from .report import Report, Row
+from .results import Report, Row
 from .runtime import Calls, no_fallback
 from .trace import LOCK
 

@@ -69,7 +69,8 @@ def _build(base: type[nn.Module], plan: Plan) -> type[nn.Module]:
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     base, plan = plan_of(self)  # type: ignore[misc]
-    _, _, *state = super(generated(base, plan), self).__reduce_ex__(max(protocol, 2))
+    reduced: Any = super(generated(base, plan), self).__reduce_ex__(max(protocol, 2))
+    _, _, *state = reduced
     return (_rebuild, (base, tuple(map(tuple, (plan.source, plan.sites)))), *state)
 
 

@@ -80,8 +80,8 @@ def _search(
     if rule.is_timm_norm(root):  # reached without a trace round it: at most a site of its own
         try:
             rule.leaf_trace(root)
-        except rule.NotASite as reason:
-            findings.reasons[prefix] = str(reason)
+        except rule.NotASite as refusal:
+            findings.reasons[prefix] = str(refusal)
         else:
             if filter_fn is None or filter_fn(root, prefix):
                 _add_leaf(root, prefix, training, owners)

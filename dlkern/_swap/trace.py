@@ -258,7 +258,7 @@ class Tracer(fx.Tracer):
             return self._answer(proxy, ("tuple", (TENSOR, TENSOR if weights else ("const", None))))
         return proxy
 
-    def _answer(self, proxy: fx.Proxy, kind: Kind) -> Any:
+    def _answer(self, proxy: Any, kind: Kind) -> Any:
         """The proxy dressed as what the module returned when it was traced through."""
         if kind in (TENSOR, VALUE, UNKNOWN):
             proxy.node.meta["tensor"] = kind == TENSOR

@@ -137,7 +137,7 @@ def recorded_reads(paths: dict[int, str], reads: dict[tuple[str, str], Any], inl
             reads[path, name] = value
         return value
 
-    nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign]
+    nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -15,10 +15,12 @@ def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor 
     """What ``activation(norm(x) + residual)`` computes, by the fused op.
 
     Everything is read from ``norm`` at the call: its mode, parameters, running statistics, momentum
-    and eps; ``num_batches_tracked`` counts as in torch.nn.BatchNorm2d, after the arguments were checked.
+    and eps; ``num_batches_tracked`` counts as in torch.nn.BatchNorm2d, but not a call that is refused.
     """
-    training, momentum = norm.training, norm.momentum
-    running_mean, running_var, tracked = norm.running_mean, norm.running_var, None
+    training, momentum, tracked = norm.training, norm.momentum, None
+    parameters, buffers = norm._parameters, norm._buffers
+    weight, bias = _own(norm, parameters, "weight"), _own(norm, parameters, "bias")
+    running_mean, running_var = _own(norm, buffers, "running_mean"), _own(norm, buffers, "running_var")
     if training and norm.track_running_stats:
         tracked = norm.num_batches_tracked
     elif training:  # batch statistics, and the running ones, if any, are left alone
@@ -26,21 +28,33 @@ def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor 
     if momentum is None:
         # the cumulative average over the batches so far, this one included
         momentum = 0.0 if tracked is None else 1.0 / (float(tracked) + 1.0)
-    y = functional.batch_norm_act(
-        x,
-        running_mean,
-        running_var,
-        norm.weight,
-        norm.bias,
-        training=training,
-        momentum=momentum,
-        eps=norm.eps,
-        activation=activation,
-        residual=residual,
-    )
     if tracked is not None:
-        tracked.add_(1)
-    return y
+        tracked.add_(1)  # before the op, as in torch.nn: recomputation under a checkpoint stops inside the op
+    try:
+        return functional.batch_norm_act(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            momentum=momentum,
+            eps=norm.eps,
+            activation=activation,
+            residual=residual,
+        )
+    except (TypeError, ValueError, RuntimeError):  # refused: nothing ran
+        if tracked is not None:
+            tracked.sub_(1)
+        raise
+
+
+def _own(norm: _BatchNorm, table: dict[str, Any], name: str) -> Any:
+    """A tensor of the module's, without nn.Module's attribute access, which would cost as much as all the rest.
+
+    A name that a parametrization took out of the table is read as an attribute.
+    """
+    return table[name] if name in table else getattr(norm, name)
 
 
 class _BatchNormAct(_BatchNorm):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dlkern import dispatch
 from dlkern.kernels import layout
@@ -18,6 +19,8 @@ from dlkern.kernels.activation import Activation, gradient_from_output
 from dlkern.kernels.reference import activation as reference_activation
 from dlkern.kernels.reference import batch_norm_act as reference
 from dlkern.kernels.reference.batch_norm_act import Request, accumulate_dtype
+
+from . import library
 
 NAME = "batch_norm_act"
 
@@ -40,20 +43,8 @@ OP = dispatch.register(
     )
 )
 
+
 # -------------------------------------------------------------------------------- library ops
-_LIBRARY = torch.library.Library("dlkern", "FRAGMENT")
-_LIBRARY.define(
-    "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, bool batch_stats, float momentum, float eps, str activation, float param, "
-    "str implementation) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "batch_norm_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? y, "
-    "Tensor mean, Tensor invstd, bool batch_stats, str activation, float param, bool needs_x, bool needs_params, "
-    "bool needs_residual, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
 def _forward(
     x: Tensor,
     weight: Tensor | None,
@@ -104,8 +95,8 @@ def _backward(
     needs_params: bool,
     needs_residual: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = dispatch.implementation(NAME, implementation).backward(
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    return dispatch.implementation(NAME, implementation).backward(
         grad_y,
         x,
         weight,
@@ -120,8 +111,11 @@ def _backward(
         needs_params=needs_params,
         needs_residual=needs_residual,
     )
-    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
-    return dx, dweight, dbias, dresidual  # a library op returns tensors: an empty one stands for None
+
+
+def _backward_tensors(grad_y: Tensor, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """A library op returns tensors: an empty one stands for None."""
+    return tuple(x.new_empty(0) if g is None else g for g in _backward(grad_y, x, *inputs))
 
 
 def _backward_fake(
@@ -132,108 +126,40 @@ def _backward_fake(
     residual: Tensor | None,
     y: Tensor | None,
     mean: Tensor,
-    invstd: Tensor,
-    batch_stats: bool,
-    activation: str,
-    param: float,
-    needs_x: bool,
-    needs_params: bool,
-    needs_residual: bool,
-    implementation: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = x.new_empty(0)
+    *_, needs_x, needs_params, needs_residual, _ = options
     dense = layout.dense(x)
     return (
-        torch.empty_like(dense) if needs_x else nothing,
-        torch.empty_like(mean, dtype=mean.dtype if weight is None else weight.dtype) if needs_params else x.new_empty(0),
-        torch.empty_like(mean, dtype=mean.dtype if bias is None else bias.dtype) if needs_params else x.new_empty(0),
+        torch.empty_like(dense) if needs_x else x.new_empty(0),
+        torch.empty_like(mean if weight is None else weight) if needs_params else x.new_empty(0),
+        torch.empty_like(mean if bias is None else bias) if needs_params else x.new_empty(0),
         torch.empty_like(dense) if needs_residual else x.new_empty(0),
     )
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("batch_norm_act", _forward, _key)
-    _LIBRARY.impl("batch_norm_act_backward", _backward, _key)
-torch.library.register_fake("dlkern::batch_norm_act", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("dlkern::batch_norm_act_backward", _backward_fake, lib=_LIBRARY)
-_forward_op = torch.ops.dlkern.batch_norm_act.default
-_backward_op = torch.ops.dlkern.batch_norm_act_backward.default
+_forward_op = library.define(
+    "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool batch_stats, float momentum, float eps, str activation, float param, "
+    "str implementation) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = library.define(
+    "batch_norm_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? y, "
+    "Tensor mean, Tensor invstd, bool batch_stats, str activation, float param, bool needs_x, bool needs_params, "
+    "bool needs_residual, str implementation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_tensors,
+    _backward_fake,
+)
 
 
 # ---------------------------------------------------------------------------------- autograd
-def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, invstd: Tensor) -> None:
-    x, weight, bias, residual, _, _, batch_stats, _, eps, activation, param, implementation = inputs
-    # A residual's activation is differentiated from y, which the next layer keeps anyway, where that
-    # can be done; else from the pre-activation, computed again from x and the residual.
-    from_y = residual is not None and gradient_from_output(Activation(activation, param))
-    keep_residual = residual is not None and not from_y
-    ctx.save_for_backward(
-        x, weight, bias, residual if keep_residual else None, y if from_y else None, mean, invstd
-    )
-    ctx.options = (batch_stats, eps, activation, param, implementation)
-    ctx.mark_non_differentiable(mean, invstd)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 12
-    if grad_y is None:
-        return nothing
-    x, weight, bias, residual, y, mean, invstd = ctx.saved_tensors
-    batch_stats, eps, activation, param, implementation = ctx.options
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    act = Activation(activation, param)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # create_graph=True: the gradient itself is differentiated, so it is composed of PyTorch's own ops
-        if batch_stats:
-            mean, _, invstd = reference.statistics(x, eps)
-        grads = reference.backward(
-            grad_y,
-            x,
-            weight,
-            bias,
-            residual,
-            y,
-            mean,
-            invstd,
-            batch_stats=batch_stats,
-            activation=act,
-            needs_x=needs_x,
-            needs_params=needs_weight or needs_bias,
-            needs_residual=needs_residual,
-        )
-    else:
-        shortcut = activation == "identity"  # the residual's gradient is grad_y itself
-        grads = _backward_op(
-            grad_y,
-            x,
-            weight,
-            bias,
-            residual,
-            y,
-            mean,
-            invstd,
-            batch_stats,
-            activation,
-            param,
-            needs_x,
-            needs_weight or needs_bias,
-            needs_residual and not shortcut,
-            implementation,
-        )
-        if needs_residual and shortcut:
-            grads = (*grads[:3], grad_y)
-    return (
-        grads[0] if needs_x else None,
-        grads[1] if needs_weight else None,
-        grads[2] if needs_bias else None,
-        grads[3] if needs_residual else None,
-        *nothing[4:],
-    )
+_NOTHING = (None,) * 8  # gradients of what is no tensor, or needs none
 
 
 class BatchNormActFunction(torch.autograd.Function):
-    """y, mean, invstd = act(batch_norm(x) + residual), differentiable in x, weight, bias and residual.
+    """y = act(batch_norm(x) + residual), differentiable in x, weight, bias and residual.
 
     Arguments in order: x (N, C, *), weight, bias (C,) or None, residual like x or None, running_mean,
     running_var (C,) or None, batch_stats, momentum, eps, the activation's name and parameter, the
@@ -241,14 +167,66 @@ class BatchNormActFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = _forward_op(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        outputs = (_forward if library.unwatched(inputs[0]) else _forward_op)(*inputs)
         _save(ctx, inputs, *outputs)
-        return outputs
+        return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad_y)
+        if grad_y is None:
+            return (None, None, None, None, *_NOTHING)
+        x, weight, bias, residual, y, mean, invstd = ctx.saved_tensors
+        batch_stats, eps, activation, param, implementation = ctx.options
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        needs_params = needs_weight or needs_bias
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: the gradient itself is differentiated, so it is composed of PyTorch's own ops
+            if batch_stats:
+                mean, _, invstd = reference.statistics(x, eps)
+            dx, dweight, dbias, dresidual = reference.backward(
+                grad_y,
+                x,
+                weight,
+                bias,
+                residual,
+                y,
+                mean,
+                invstd,
+                batch_stats=batch_stats,
+                activation=Activation(activation, param),
+                needs_x=needs_x,
+                needs_params=needs_params,
+                needs_residual=needs_residual,
+            )
+        else:
+            shared = needs_residual and activation == "identity"  # the residual's gradient is grad_y itself
+            dx, dweight, dbias, dresidual = (_backward if library.unwatched(grad_y) else _backward_op)(
+                grad_y,
+                x,
+                weight,
+                bias,
+                residual,
+                y,
+                mean,
+                invstd,
+                batch_stats,
+                activation,
+                param,
+                needs_x,
+                needs_params,
+                needs_residual and not shared,
+                implementation,
+            )
+            if shared:
+                dresidual = grad_y
+        return (
+            dx if needs_x else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            dresidual if needs_residual else None,
+            *_NOTHING,
+        )
 
 
 class _TransformedFunction(BatchNormActFunction):
@@ -261,6 +239,19 @@ class _TransformedFunction(BatchNormActFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _save(ctx, inputs, *output)
+        ctx.mark_non_differentiable(*output[1:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, invstd: Tensor) -> None:
+    x, weight, bias, residual, _, _, batch_stats, _, eps, activation, param, implementation = inputs
+    kept_y = None
+    if residual is not None and gradient_from_output(Activation(activation, param)):
+        # A residual's activation is differentiated from y, which the next layer keeps anyway, where that can
+        # be done; else from the pre-activation, computed again from x and the residual.
+        residual, kept_y = None, y
+    ctx.save_for_backward(x, weight, bias, residual, kept_y, mean, invstd)
+    ctx.options = (batch_stats, eps, activation, param, implementation)
+    ctx.set_materialize_grads(False)
 
 
 # --------------------------------------------------------------------------------- entry point
@@ -294,7 +285,8 @@ def apply(
     inputs = (
         x, weight, bias, residual, running_mean, running_var, batch_stats, momentum, eps, *activation, backend
     )  # fmt: skip
-    if torch._C._are_functorch_transforms_active():
+    # forward mode: a Function without a jvp raises, where an op without one would drop the tangent
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TransformedFunction.apply(*inputs)[0]
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -302,5 +294,5 @@ def apply(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return BatchNormActFunction.apply(*inputs)[0]
-    return _forward_op(*inputs)[0]
+        return BatchNormActFunction.apply(*inputs)
+    return (_forward if library.unwatched(x) else _forward_op)(*inputs)[0]

@@ -136,7 +136,8 @@ def backward(
 
     The activation's derivative comes from y where y is given (the forward added a residual and
     ``gradient_from_output(activation)`` holds), else from the pre-activation, computed again from
-    x and, where the forward had one, residual. ``grad_y`` may have any strides. The gradient of
+    x and, where the forward had one, residual. ``grad_y`` may have any strides; the gradients of x and
+    residual have the strides of ``layout.dense(x)``. The gradient of
     weight and bias is in their own dtype (x's accumulation dtype where they are None).
     """
     x = layout.dense(x)
@@ -156,10 +157,10 @@ def backward(
             count = x.numel() // x.size(1)
             centred = dz - per_channel(grad_bias / count, x) - normalised * per_channel(grad_weight / count, x)
         scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-        grad_x = (centred * per_channel(scale, x)).to(x.dtype)
+        grad_x = layout.like((centred * per_channel(scale, x)).to(x.dtype), x)
     return (
         grad_x,
         grad_weight.to(weight.dtype if weight is not None else mean.dtype) if needs_params else None,
         grad_bias.to(bias.dtype if bias is not None else mean.dtype) if needs_params else None,
-        dz.to(x.dtype) if needs_residual else None,
+        layout.like(dz.to(x.dtype), x) if needs_residual else None,
     )

@@ -1,0 +1,37 @@
+"""Shared set-up: where there is no GPU, Triton kernels run in its interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("dlkern", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("dlkern")
+
+_left_out: list[str] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            _left_out.append(item.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _left_out:
+        terminalreporter.section("left out: no CUDA device")
+        terminalreporter.write_line(f"{len(_left_out)} tests need a GPU:")
+        for name in _left_out:
+            terminalreporter.write_line(f"  {name}")
