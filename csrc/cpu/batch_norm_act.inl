@@ -1,0 +1,205 @@
+// What the kernels for planes and for rows share. Included once per instruction set (foreach_isa.h).
+
+// What is compiled apart: the activations that cost less than a call.
+enum Shape : int { kPlainIdentity, kPlainRelu, kAny };
+inline Shape shape_of(int activation) {
+  return activation == kIdentity ? kPlainIdentity : activation == kRelu ? kPlainRelu : kAny;
+}
+
+// Where a backward kernel takes the activation's derivative from.
+enum Source : int { kFromInput, kFromInputAndResidual, kFromOutput };
+
+template <class A>
+struct Affine {
+  A mean, scale, bias;  // z = (x - mean) * scale + bias
+};
+
+// How many values, their mean, and the sum of squares about it.
+struct Moments {
+  double count, mean, m2;
+
+  // Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+  DLKERN_INLINE void merge(double other_count, double other_mean, double other_m2) {
+    const double total = count + other_count, delta = other_mean - mean;
+    mean += delta * (other_count / total);
+    m2 += other_m2 + delta * delta * (count * other_count / total);
+    count = total;
+  }
+};
+
+// ----------------------------------------------------------------------- per-channel parameters
+inline double read(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case kFloat32:
+      return static_cast<const float*>(p)[i];
+    case kFloat64:
+      return static_cast<const double*>(p)[i];
+    case kBFloat16:
+      return load<true>(static_cast<const bf16*>(p) + i, 1)[0];
+    default:
+      return load<true>(static_cast<const f16*>(p) + i, 1)[0];
+  }
+}
+
+inline void write(void* p, DType dtype, int64_t i, double value) {
+  switch (dtype) {
+    case kFloat32:
+      static_cast<float*>(p)[i] = (float)value;
+      break;
+    case kFloat64:
+      static_cast<double*>(p)[i] = value;
+      break;
+    case kBFloat16:
+      store<true>(static_cast<bf16*>(p) + i, splat<vf>(value), 1);
+      break;
+    default:
+      store<true>(static_cast<f16*>(p) + i, splat<vf>(value), 1);
+  }
+}
+
+// Both directions come here, so that they normalise by the same numbers.
+template <class A>
+inline Affine<A> affine(A mean, A invstd, const void* weight, const void* bias, DType dtype, int64_t c) {
+  return {mean, weight ? invstd * (A)read(weight, dtype, c) : invstd, bias ? (A)read(bias, dtype, c) : (A)0};
+}
+
+// Writes the channel's mean, invstd and running statistics; `moments` are its own, unused without batch statistics.
+template <class A>
+inline Affine<A> finish_channel(const BatchNormActForward& a, int64_t c, const Moments& moments) {
+  double mean, variance;
+  if (a.batch_stats) {
+    mean = moments.mean;
+    variance = moments.m2 / moments.count;
+    if (a.running_mean) {
+      const double unbiased = moments.m2 / (moments.count > 1 ? moments.count - 1 : 1);
+      const double old_mean = read(a.running_mean, a.param_dtype, c), old_var = read(a.running_var, a.param_dtype, c);
+      write(a.running_mean, a.param_dtype, c, (1 - a.momentum) * old_mean + a.momentum * mean);
+      write(a.running_var, a.param_dtype, c, (1 - a.momentum) * old_var + a.momentum * unbiased);
+    }
+  } else {
+    mean = read(a.running_mean, a.param_dtype, c);
+    variance = read(a.running_var, a.param_dtype, c);
+  }
+  const A m = (A)mean, invstd = (A)(1 / std::sqrt(variance + a.eps));
+  static_cast<A*>(a.mean)[c] = m;
+  static_cast<A*>(a.invstd)[c] = invstd;
+  return affine<A>(m, invstd, a.weight, a.bias, a.param_dtype, c);
+}
+
+// grad_x = scale * (dz - sum(dz) / count - d * invstd^2 * sum(dz * d) / count) with d = x - mean
+//        = scale * dz - d * slope - offset
+template <class A>
+struct Centring {
+  A slope, offset;
+};
+
+// Writes the channel's gradients of weight and bias from sum = sum(dz) and dot = sum(dz * d).
+template <class A>
+inline Centring<A> finish_gradient(const BatchNormActBackward& a, int64_t c, A scale, double sum, double dot) {
+  const double invstd = static_cast<const A*>(a.invstd)[c], count = (double)values_per_channel(a.geometry);
+  const DType wide = sizeof(A) == 8 ? kFloat64 : kFloat32;
+  if (a.grad_weight) write(a.grad_weight, a.weight ? a.param_dtype : wide, c, dot * invstd);
+  if (a.grad_bias) write(a.grad_bias, a.bias ? a.param_dtype : wide, c, sum);
+  return {(A)(scale * (invstd * invstd * dot / count)), (A)(scale * (sum / count))};
+}
+
+// ------------------------------------------------------------------------------- on vectors
+template <int kShape, class V>
+DLKERN_INLINE V apply_activation(V z, int activation, double param) {
+  if constexpr (kShape == kPlainIdentity)
+    return z;
+  else if constexpr (kShape == kPlainRelu)
+    return select(z <= V{}, V{}, z);
+  else
+    return activate(activation, z, param);
+}
+
+// dz = g * act'(z); d = x - mean; other: the residual or y, unused where kSource is kFromInput.
+template <int kShape, int kSource, class V>
+DLKERN_INLINE V input_gradient(V g, V d, V scale, V bias, V other, int activation, double param) {
+  if constexpr (kShape == kPlainIdentity) {
+    return g;
+  } else if constexpr (kSource == kFromOutput) {
+    if constexpr (kShape == kPlainRelu) return select(other <= V{}, V{}, g);
+    return activation_gradient_from_output(activation, g, other, param);
+  } else {
+    V z = fma(d, scale, bias);
+    if constexpr (kSource == kFromInputAndResidual) z += other;
+    if constexpr (kShape == kPlainRelu) return select(z <= V{}, V{}, g);
+    return activation_gradient(activation, g, z, param);
+  }
+}
+
+// Calls Pick::get<shape, source>() for the values at run time: kernels are chosen once a block, not once a vector.
+template <class Pick>
+inline auto pick_backward(int activation, Source source) {
+  const Shape shape = shape_of(activation);
+  if (shape == kPlainIdentity) return Pick::template get<kPlainIdentity, kFromInput>();
+  if (source == kFromOutput)
+    return shape == kPlainRelu ? Pick::template get<kPlainRelu, kFromOutput>()
+                               : Pick::template get<kAny, kFromOutput>();
+  if (source == kFromInputAndResidual)
+    return shape == kPlainRelu ? Pick::template get<kPlainRelu, kFromInputAndResidual>()
+                               : Pick::template get<kAny, kFromInputAndResidual>();
+  return shape == kPlainRelu ? Pick::template get<kPlainRelu, kFromInput>() : Pick::template get<kAny, kFromInput>();
+}
+
+template <class Pick>
+inline auto pick_forward(int activation, bool residual) {
+  switch (shape_of(activation)) {
+    case kPlainIdentity:
+      return residual ? Pick::template get<kPlainIdentity, true>() : Pick::template get<kPlainIdentity, false>();
+    case kPlainRelu:
+      return residual ? Pick::template get<kPlainRelu, true>() : Pick::template get<kPlainRelu, false>();
+    default:
+      return residual ? Pick::template get<kAny, true>() : Pick::template get<kAny, false>();
+  }
+}
+
+// What the passes of one backward call do. A pass that stores dz (into grad_residual) spares the next one the
+// derivative: that one reads dz as its gradient, with the identity for an activation.
+struct BackwardPasses {
+  bool first_writes_x;  // the first makes the sums and grad_residual, and grad_x where nothing has to be centred
+  bool second;          // makes the centred grad_x
+  Source source;
+  const void* other;
+};
+inline BackwardPasses passes_of(const BatchNormActBackward& a) {
+  BackwardPasses p{};
+  p.second = a.grad_x && a.batch_stats;
+  p.first_writes_x = a.grad_x && !a.batch_stats;
+  p.source = a.y ? kFromOutput : a.residual ? kFromInputAndResidual : kFromInput;
+  p.other = a.y ? a.y : a.residual;
+  return p;
+}
+
+#include "batch_norm_act_planes.inl"
+#include "batch_norm_act_rows.inl"
+
+inline void forward_body(const ForwardContext& f, Team team) {
+  const bool rows = f.args.geometry.channels_last;
+  switch (f.args.dtype) {
+    case kFloat32:
+      return rows ? forward_rows<float>(f, team) : forward_planes<float>(f, team);
+    case kFloat64:
+      return rows ? forward_rows<double>(f, team) : forward_planes<double>(f, team);
+    case kBFloat16:
+      return rows ? forward_rows<bf16>(f, team) : forward_planes<bf16>(f, team);
+    default:
+      return rows ? forward_rows<f16>(f, team) : forward_planes<f16>(f, team);
+  }
+}
+
+inline void backward_body(const BackwardContext& b, Team team) {
+  const bool rows = b.args.geometry.channels_last;
+  switch (b.args.dtype) {
+    case kFloat32:
+      return rows ? backward_rows<float>(b, team) : backward_planes<float>(b, team);
+    case kFloat64:
+      return rows ? backward_rows<double>(b, team) : backward_planes<double>(b, team);
+    case kBFloat16:
+      return rows ? backward_rows<bf16>(b, team) : backward_planes<bf16>(b, team);
+    default:
+      return rows ? backward_rows<f16>(b, team) : backward_planes<f16>(b, team);
+  }
+}
