@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 VARIANTS = ("memory_format", "threads", "ulp")
 _ALL_VARIANTS = (*VARIANTS, "float64")
-_ULP_REPEATS = 3  # one sign pattern alone can be lucky
+_ULP_REPEATS = 4  # one sign pattern alone can be lucky
 
 #: A difference within this many units in the last place of the row's norm needs no yardstick.
 _FLOOR_ULPS = 4
@@ -94,7 +94,7 @@ def verify(
         backward: compare the gradients of all parameters that require one, too.
         variants: of "memory_format" (channels_last against contiguous, models with 4-D input and
             parameters), "threads" (one thread against the current number; CPU), "ulp" (input moved by one
-            unit in the last place, three random sign patterns), "float64" (the whole model in double, for
+            unit in the last place, four random sign patterns), "float64" (the whole model in double, for
             a model whose other memory format cannot be run).
 
     Raises:
