@@ -111,11 +111,13 @@ def verify(
     args, kwargs = _arguments(sample)
     with _preserved(reference_model), _preserved(model), torch.random.fork_rng(devices=_cuda_devices(args, kwargs)):
         seed = torch.random.initial_seed()
+        # copied before anything runs: what a forward leaves behind need not be copyable
+        twins = {name: copy.deepcopy(reference_model) for name in ("memory_format", "float64") if name in variants}
         base = _run(reference_model, args, kwargs, backward, seed)
         ours = _run(model, args, kwargs, backward, seed)
         spread: dict[tuple[str, str], float] = dict.fromkeys(base, 0.0)
         used = []
-        for label, run in _variants(reference_model, args, kwargs, backward, seed, variants):
+        for label, run in _variants(reference_model, twins, args, kwargs, backward, seed, variants):
             used.append(label)
             for key, value in run.items():
                 spread[key] = max(spread[key], _difference(value.to(base[key].dtype), base[key]))
@@ -198,7 +200,8 @@ def _gradients(model: nn.Module, outputs: list[Tensor], seed: int) -> dict[tuple
         return {}
     generator = torch.Generator().manual_seed(seed % 2**63)
     directions = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in outputs]
-    grads = torch.autograd.grad(outputs, [p for _, p in parameters], directions, allow_unused=True)
+    # retained: some models keep a part of their graph between calls (attention biases cached in eval)
+    grads = torch.autograd.grad(outputs, [p for _, p in parameters], directions, allow_unused=True, retain_graph=True)
     return {
         ("gradient", name): g.detach().cpu().clone()
         for (name, _), g in zip(parameters, grads, strict=True)
@@ -207,7 +210,13 @@ def _gradients(model: nn.Module, outputs: list[Tensor], seed: int) -> dict[tuple
 
 
 def _variants(
-    model: nn.Module, args: Any, kwargs: Any, backward: bool, seed: int, wanted: Sequence[str]
+    model: nn.Module,
+    twins: dict[str, nn.Module],
+    args: Any,
+    kwargs: Any,
+    backward: bool,
+    seed: int,
+    wanted: Sequence[str],
 ) -> Iterator[tuple[str, dict[tuple[str, str], Tensor]]]:
     leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if "memory_format" in wanted and any(t.dim() == 4 and t.is_floating_point() for t in leaves):
@@ -220,7 +229,7 @@ def _variants(
         def convert(t: Any) -> Any:
             return t.contiguous(memory_format=other) if isinstance(t, Tensor) and t.dim() == 4 else t
 
-        twin = copy.deepcopy(model).to(memory_format=other)
+        twin = twins["memory_format"].to(memory_format=other)
         yield "memory format", _run(twin, *_mapped(convert, args, kwargs), backward, seed)
     if "threads" in wanted and torch.get_num_threads() > 1 and all(t.device.type == "cpu" for t in leaves):
         threads = torch.get_num_threads()
@@ -235,7 +244,7 @@ def _variants(
         def widen(t: Any) -> Any:
             return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
-        twin = copy.deepcopy(model).double()
+        twin = twins["float64"].double()
         yield "float64", _run(twin, *_mapped(widen, args, kwargs), backward, seed)
     if "ulp" in wanted and any(t.is_floating_point() for t in leaves):
         for repeat in range(_ULP_REPEATS):

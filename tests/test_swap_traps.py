@@ -319,3 +319,11 @@ def test_two_threads_may_swap_and_run(h: torch.Tensor) -> None:
         t.join()
     assert errors == []
     assert [calls(m) for m in swapped] == [(6, 0)] * 4
+
+
+def test_a_residual_that_another_module_made(h: torch.Tensor) -> None:
+    model, plain = models.pair(models.GatedBlock())
+    dlkern.swap(model)
+    assert [row.path for row in dlkern.report(model).swapped] == ["bn1", "shortcut.1"]
+    with dlkern.no_fallback():
+        assert_same(model, plain, h)

@@ -109,3 +109,9 @@ def test_bad_arguments(x: torch.Tensor) -> None:
         dlkern.verify(plain, models.ConvBN(), x)
     with pytest.raises(ValueError, match="got speed"):
         dlkern.verify(plain, plain, x, variants=("speed",))
+
+
+def test_a_model_that_keeps_a_piece_of_its_graph() -> None:
+    plain = models.CachesInEval().eval()
+    model = copy.deepcopy(plain)
+    assert dlkern.verify(plain, dlkern.swap(model), torch.randn(2, 8, 6, 6)).ok

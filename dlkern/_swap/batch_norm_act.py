@@ -119,18 +119,21 @@ _FRESH_MODULES = (
 _FRESH_FUNCTIONS = {operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.cat, torch.matmul}
 
 
-def match(trace: Trace, prefix: str = "") -> tuple[list[Site], dict[str, str]]:
+def match(trace: Trace, prefix: str = "", proven: frozenset[str] = frozenset()) -> tuple[list[Site], dict[str, str]]:
     """Every site in a trace's graph, and the reason for each norm that is none.
 
     Paths are relative to the traced module; ``prefix``, its own path, serves the reasons' wording.
+    ``proven`` are norms whose sites a trace through all modules has already shown to be safe from
+    writes in place, which this trace, with its children closed, might not be able to show.
     """
-    return _Matcher(trace, prefix).run()
+    return _Matcher(trace, prefix, proven).run()
 
 
 class _Matcher:
-    def __init__(self, trace: Trace, prefix: str) -> None:
+    def __init__(self, trace: Trace, prefix: str, proven: frozenset[str]) -> None:
         self.trace = trace
         self.prefix = prefix
+        self.proven = proven
         self.modules = dict(trace.root.named_modules())
         self.order = {node: i for i, node in enumerate(trace.graph.nodes)}
 
@@ -184,7 +187,7 @@ class _Matcher:
         span, residual, label = [norm_node], None, "bn"
         node = self._next(norm_node, span, bypassed)
         if _is_addition(node):
-            residual, label = self._residual(span[-1], node), "bn+add"
+            residual, label = self._residual(path, span[-1], node), "bn+add"
             span.append(node)
             node = self._next(node, span, bypassed)
         activation = self._activation(node)
@@ -197,9 +200,10 @@ class _Matcher:
                 raise NotASite(f"its activation {self._at(node.target)} has hooks")
             bypassed.append(str(node.target))
             attributes = _attributes(str(node.target), self._module(node))
-        self._refuse_mutations(source, span)
-        if residual is not None and activation.name not in _KEPT_BY_PYTORCH:
-            self._refuse_later_mutations(span)
+        if path not in self.proven:
+            self._refuse_mutations(source, span)
+            if residual is not None and activation.name not in _KEPT_BY_PYTORCH:
+                self._refuse_later_mutations(span)
         return Site(path, f"{label}+{activation.name}", span, source, residual, activation, bypassed, attributes)
 
     def _activation(self, node: fx.Node) -> Activation | None:
@@ -236,12 +240,13 @@ class _Matcher:
             bypassed.append(str(user.target))
             node = user
 
-    def _residual(self, node: fx.Node, addition: fx.Node) -> fx.Node:
+    def _residual(self, path: str, node: fx.Node, addition: fx.Node) -> fx.Node:
         left, right = addition.args
         residual = right if left is node else left
         if not isinstance(residual, fx.Node):
             raise NotASite("adds a constant before the activation")
-        if addition.target in (operator.iadd, "add_") and residual is left and not self._is_private(residual):
+        in_place = addition.target in (operator.iadd, "add_") and residual is left
+        if in_place and path not in self.proven and not self._is_private(residual):
             # the original writes the sum into the residual, where somebody else might look for it
             raise NotASite("is added in place to a residual that others may see")
         return residual

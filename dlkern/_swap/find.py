@@ -173,7 +173,7 @@ def _local(owner: Owner, training: bool, norms: set[str], accepted: set[str]) ->
     call = owner.calls[training]
     kinds = None if call is None or UNKNOWN in call.arguments.values() else call.arguments
     trace = Tracer(rule.is_leaf, owner.inline[training], owner.results[training], kinds).run(owner.module)
-    sites, reasons = rule.match(trace, owner.path)
+    sites, reasons = rule.match(trace, owner.path, frozenset(norms))
     # An inlined container may own sites too: they run here now. Those left out by filter_fn do not.
     sites = [site for site in sites if join(owner.path, site.norm) in accepted]
     lost = norms - {site.norm for site in sites}
