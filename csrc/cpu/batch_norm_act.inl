@@ -104,30 +104,38 @@ inline Centring<A> finish_gradient(const BatchNormActBackward& a, int64_t c, A s
 }
 
 // ------------------------------------------------------------------------------- on vectors
-template <int kShape, class V>
-DLKERN_INLINE V apply_activation(V z, int activation, double param) {
-  if constexpr (kShape == kPlainIdentity)
-    return z;
-  else if constexpr (kShape == kPlainRelu)
-    return select(z <= V{}, V{}, z);
-  else
-    return activate(activation, z, param);
+template <int kShape, int kVectors, class V>
+DLKERN_INLINE void apply_activation(V (&z)[kVectors], int activation, double param) {
+  if constexpr (kShape == kPlainRelu)
+    for (V& v : z) v = select(v <= V{}, V{}, v);
+  else if constexpr (kShape == kAny)
+    activate<kVectors>(activation, z, param);
 }
 
-// dz = g * act'(z); d = x - mean; other: the residual or y, unused where kSource is kFromInput.
-template <int kShape, int kSource, class V>
-DLKERN_INLINE V input_gradient(V g, V d, V scale, V bias, V other, int activation, double param) {
+// What the derivative is taken from, of one vector: act's input, as the forward pass computes it, or its output.
+// d = x - mean; `other` is where the residual or the output is read.
+template <bool kTail, int kShape, int kSource, class T, class V>
+DLKERN_INLINE V derivative_argument(V d, V scale, V bias, const T* other, int n) {
   if constexpr (kShape == kPlainIdentity) {
-    return g;
+    return V{};
   } else if constexpr (kSource == kFromOutput) {
-    if constexpr (kShape == kPlainRelu) return select(other <= V{}, V{}, g);
-    return activation_gradient_from_output(activation, g, other, param);
+    return load<kTail>(other, n);
   } else {
     V z = fma(d, scale, bias);
-    if constexpr (kSource == kFromInputAndResidual) z += other;
-    if constexpr (kShape == kPlainRelu) return select(z <= V{}, V{}, g);
-    return activation_gradient(activation, g, z, param);
+    if constexpr (kSource == kFromInputAndResidual) z += load<kTail>(other, n);
+    return z;
   }
+}
+
+// v, the gradient of the output, becomes that of act's input.
+template <int kShape, int kSource, int kVectors, class V>
+DLKERN_INLINE void input_gradient(V (&v)[kVectors], const V (&from)[kVectors], int activation, double param) {
+  if constexpr (kShape == kPlainRelu)
+    for (int i = 0; i < kVectors; ++i) v[i] = select(from[i] <= V{}, V{}, v[i]);
+  else if constexpr (kShape == kAny && kSource == kFromOutput)
+    activation_gradient_from_output<kVectors>(activation, v, from, param);
+  else if constexpr (kShape == kAny)
+    activation_gradient<kVectors>(activation, v, from, param);
 }
 
 // Calls Pick::get<shape, source>() for the values at run time: kernels are chosen once a block, not once a vector.
@@ -156,18 +164,23 @@ inline auto pick_forward(int activation, bool residual) {
   }
 }
 
-// What the passes of one backward call do. A pass that stores dz (into grad_residual) spares the next one the
-// derivative: that one reads dz as its gradient, with the identity for an activation.
+// What the passes of one backward call do. A first pass that stores dz spares the second one the derivative: that one
+// reads dz as its gradient, with the identity for an activation. dz is the gradient of the residual; and where the
+// derivative costs more than a store and a load, it is put where grad_x will be.
 struct BackwardPasses {
   bool first_writes_x;  // the first makes the sums and grad_residual, and grad_x where nothing has to be centred
   bool second;          // makes the centred grad_x
-  Source source;
+  void* dz;             // where the first stores dz, or null
+  Source source;        // of the first, as is other
   const void* other;
 };
 inline BackwardPasses passes_of(const BatchNormActBackward& a) {
   BackwardPasses p{};
   p.second = a.grad_x && a.batch_stats;
   p.first_writes_x = a.grad_x && !a.batch_stats;
+  const bool costly = a.activation == kSilu || a.activation == kGelu || a.activation == kGeluTanh ||
+                      ((a.activation == kSigmoid || a.activation == kTanh || a.activation == kElu) && !a.y);
+  p.dz = a.grad_residual ? a.grad_residual : p.second && costly ? a.grad_x : nullptr;
   p.source = a.y ? kFromOutput : a.residual ? kFromInputAndResidual : kFromInput;
   p.other = a.y ? a.y : a.residual;
   return p;

@@ -11,11 +11,13 @@
 
 namespace dlkern::cpu {
 
-// Elements that are accumulated in the wide type before they are added to a double: 16 to a lane.
+// Elements that are accumulated in the wide type before they are added to a double: 16 to a lane, or so
+// many rows.
 constexpr int64_t kRun = 512;
+constexpr int64_t kRunRows = 32;
 // Elements (or rows) whose squares are summed about one shift.
 constexpr int64_t kChunk = 4096;
-constexpr int64_t kChunkRows = 128;
+constexpr int64_t kChunkRows = 64;
 // Elements of one partial result, at least; and for rows the number of partial results, at most.
 constexpr int64_t kBlock = 32768;
 constexpr int64_t kRowBlocks = 64;
@@ -32,7 +34,8 @@ struct Plan {
   int64_t parts, part_length, pieces, pieces_per_chunk, pieces_per_block;
   // The distance at which kernels prefetch. Processors prefetch along a stream within a page, so that without help
   // every short plane would begin with a wait: for the shortest, which share cache lines with their neighbours, the
-  // same image's plane of the next channel is fetched, for others the next image's of the same channel.
+  // same image's plane of the next channel (or the one after) is fetched, for others the next image's of the same
+  // channel.
   int64_t ahead;
   // rows
   int64_t rows_per_chunk, rows_per_block;
@@ -58,7 +61,9 @@ inline Plan make_plan(const Geometry& g, int64_t element_bytes) {
     p.part_length = g.inner;
     if (g.inner > kChunk) p.part_length = divide_up(divide_up(g.inner, divide_up(g.inner, kChunk)), 64) * 64;
     p.parts = divide_up(g.inner, p.part_length);
-    p.ahead = g.inner <= 256 ? g.inner : g.inner <= 1024 ? g.channels * g.inner : 0;
+    p.ahead = g.inner <= 256    ? g.inner * std::max<int64_t>(1, 128 / g.inner)
+              : g.inner <= 1024 ? g.channels * g.inner
+                                : 0;
     p.pieces = g.outer * p.parts;
     p.pieces_per_chunk = std::max<int64_t>(1, kChunk / p.part_length);
     p.pieces_per_block = p.pieces_per_chunk * (kBlock / kChunk);

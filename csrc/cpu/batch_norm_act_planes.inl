@@ -7,13 +7,14 @@
 template <class T>
 struct PlaneSum {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = false;
   const T* x;
   int64_t ahead;
   vec_t<T> sum[4];
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
-    prefetch<T, kSlot>(x + ahead + i);
+    prefetch<T>(x + ahead + i, kSlot);
     sum[kSlot] += load<kTail>(x + i, n);
   }
 };
@@ -21,13 +22,14 @@ struct PlaneSum {
 template <class T>
 struct PlaneMoments {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = false;
   const T* x;
   int64_t ahead;
   vec_t<T> shift, sum[4], square[4];
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
-    prefetch<T, kSlot>(x + ahead + i);
+    prefetch<T>(x + ahead + i, kSlot);
     vec_t<T> d = load<kTail>(x + i, n) - shift;
     if constexpr (kTail) d = select(first_lanes(d, n), d, vec_t<T>{});
     sum[kSlot] += d;
@@ -38,6 +40,7 @@ struct PlaneMoments {
 template <class T, int kShape, bool kResidual>
 struct PlaneApply {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = kShape == kAny;
   const T *x, *residual;
   T* y;
   int64_t ahead;
@@ -46,22 +49,28 @@ struct PlaneApply {
   int activation;
   double param;
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
-    prefetch<T, kSlot>(x + ahead + i);
-    if (!streaming) prefetch<T, kSlot, true>(y + ahead + i);
-    vec_t<T> z = fma(load<kTail>(x + i, n) - mean, scale, bias);
-    if constexpr (kResidual) {
-      prefetch<T, kSlot>(residual + ahead + i);
-      z += load<kTail>(residual + i, n);
+    vec_t<T> z[kVectors];
+    for (int q = 0; q < kVectors; ++q) {
+      const int64_t at = i + q * lanes;
+      prefetch<T>(x + ahead + at, kSlot + q);
+      if (!streaming) prefetch<T, true>(y + ahead + at, kSlot + q);
+      z[q] = fma(load<kTail>(x + at, n) - mean, scale, bias);
+      if constexpr (kResidual) {
+        prefetch<T>(residual + ahead + at, kSlot + q);
+        z[q] += load<kTail>(residual + at, n);
+      }
     }
-    put<kTail>(y + i, apply_activation<kShape>(z, activation, param), n, streaming);
+    apply_activation<kShape>(z, activation, param);
+    for (int q = 0; q < kVectors; ++q) put<kTail>(y + i + q * lanes, z[q], n, streaming);
   }
 };
 
 template <class T, int kShape, int kSource>
 struct PlaneReduce {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = kShape == kAny;
   const T *g, *x, *other;
   T *dz, *dx;
   int64_t ahead;
@@ -69,29 +78,35 @@ struct PlaneReduce {
   int activation;
   double param;
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
     typedef vec_t<T> V;
-    prefetch<T, kSlot>(x + ahead + i);
-    prefetch<T, kSlot>(g + ahead + i);
-    const V d = load<kTail>(x + i, n) - mean;
-    V o{};
-    if constexpr (kSource != kFromInput) {
-      prefetch<T, kSlot>(other + ahead + i);
-      o = load<kTail>(other + i, n);
+    V d[kVectors], v[kVectors], from[kVectors];
+    for (int q = 0; q < kVectors; ++q) {
+      const int64_t at = i + q * lanes;
+      prefetch<T>(x + ahead + at, kSlot + q);
+      prefetch<T>(g + ahead + at, kSlot + q);
+      if constexpr (kSource != kFromInput) prefetch<T>(other + ahead + at, kSlot + q);
+      d[q] = load<kTail>(x + at, n) - mean;
+      v[q] = load<kTail>(g + at, n);
+      from[q] = derivative_argument<kTail, kShape, kSource>(d[q], scale, bias, other + at, n);
     }
-    V v = input_gradient<kShape, kSource>(load<kTail>(g + i, n), d, scale, bias, o, activation, param);
-    if constexpr (kTail) v = select(first_lanes(v, n), v, V{});
-    if (dz) store<kTail>(dz + i, v, n);
-    if (dx) store<kTail>(dx + i, v * scale, n);
-    sum[kSlot] += v;
-    dot[kSlot] = fma(v, d, dot[kSlot]);
+    input_gradient<kShape, kSource>(v, from, activation, param);
+    for (int q = 0; q < kVectors; ++q) {
+      const int64_t at = i + q * lanes;
+      if constexpr (kTail) v[q] = select(first_lanes(v[q], n), v[q], V{});
+      if (dz) store<kTail>(dz + at, v[q], n);
+      if (dx) store<kTail>(dx + at, v[q] * scale, n);
+      sum[kSlot + q] += v[q];
+      dot[kSlot + q] = fma(v[q], d[q], dot[kSlot + q]);
+    }
   }
 };
 
 template <class T, int kShape, int kSource>
 struct PlaneInputGradient {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = kShape == kAny;
   const T *g, *x, *other;
   T* dx;
   int64_t ahead;
@@ -100,15 +115,20 @@ struct PlaneInputGradient {
   int activation;
   double param;
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
     typedef vec_t<T> V;
-    if (!streaming) prefetch<T, kSlot, true>(dx + ahead + i);
-    const V d = load<kTail>(x + i, n) - mean;
-    V o{};
-    if constexpr (kSource != kFromInput) o = load<kTail>(other + i, n);
-    const V v = input_gradient<kShape, kSource>(load<kTail>(g + i, n), d, scale, bias, o, activation, param);
-    put<kTail>(dx + i, fma(v, scale, -fma(d, slope, offset)), n, streaming);
+    V d[kVectors], v[kVectors], from[kVectors];
+    for (int q = 0; q < kVectors; ++q) {
+      const int64_t at = i + q * lanes;
+      if (!streaming) prefetch<T, true>(dx + ahead + at, kSlot + q);
+      d[q] = load<kTail>(x + at, n) - mean;
+      v[q] = load<kTail>(g + at, n);
+      from[q] = derivative_argument<kTail, kShape, kSource>(d[q], scale, bias, other + at, n);
+    }
+    input_gradient<kShape, kSource>(v, from, activation, param);
+    for (int q = 0; q < kVectors; ++q)
+      put<kTail>(dx + i + q * lanes, fma(v[q], scale, -fma(d[q], slope, offset)), n, streaming);
   }
 };
 
@@ -306,7 +326,7 @@ struct ReduceOwner {
     k.g = static_cast<const T*>(a.grad_y) + at;
     k.x = static_cast<const T*>(a.x) + at;
     if constexpr (kSource != kFromInput) k.other = static_cast<const T*>(passes.other) + at;
-    if (a.grad_residual) k.dz = static_cast<T*>(a.grad_residual) + at;
+    if (passes.dz) k.dz = static_cast<T*>(passes.dz) + at;
     if (passes.first_writes_x) k.dx = static_cast<T*>(a.grad_x) + at;
   }
   DLKERN_INLINE void flush(PlaneReduce<T, kShape, kSource>& k) { sum.take(k.sum), dot.take(k.dot); }
@@ -366,9 +386,9 @@ void backward_planes(const BackwardContext& f, Team team) {
   const BackwardPasses passes = passes_of(a);
   const int64_t channels = a.geometry.channels, blocks = f.plan.blocks;
   const auto reduce = pick_backward<PickPlaneReduce<T>>(a.activation, passes.source);
-  const auto input_gradient = a.grad_residual ? PickPlaneInputGradient<T>::template get<kPlainIdentity, kFromInput>()
-                                              : pick_backward<PickPlaneInputGradient<T>>(a.activation, passes.source);
-  const void* grad = a.grad_residual ? a.grad_residual : a.grad_y;
+  const auto input_gradient = passes.dz ? PickPlaneInputGradient<T>::template get<kPlainIdentity, kFromInput>()
+                                        : pick_backward<PickPlaneInputGradient<T>>(a.activation, passes.source);
+  const void* grad = passes.dz ? passes.dz : a.grad_y;
   const auto affine_of = [&](int64_t c) {
     return affine<A>(static_cast<const A*>(a.mean)[c], static_cast<const A*>(a.invstd)[c], a.weight, a.bias,
                      a.param_dtype, c);

@@ -7,25 +7,27 @@
 template <class T>
 struct RowSum {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = false;
   const T* x;
   wide_t<T>* sum;
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
     store<kTail>(sum + i, load<kTail>(sum + i, n) + load<kTail>(x + i, n), n);
   }
 };
 
-// A step takes kRows rows from `x` on, `stride` elements apart.
+// A step takes kRows rows from `x` on, `stride` elements apart, and of each kVectors vectors; kRows or kVectors is 1.
 template <class T, int kRows>
 struct RowMoments {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = false;
   const T* x;
   int64_t stride;
   const wide_t<T>* shift;
   wide_t<T>*sum, *square;
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
     typedef vec_t<T> V;
     const V about = load<kTail>(shift + i, n);
@@ -43,6 +45,7 @@ struct RowMoments {
 template <class T, int kShape, bool kResidual, int kRows>
 struct RowApply {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = kShape == kAny;
   const T *x, *residual;
   T* y;
   int64_t stride;
@@ -51,15 +54,19 @@ struct RowApply {
   int activation;
   double param;
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
     typedef vec_t<T> V;
-    const V m = load<kTail>(mean + i, n), s = load<kTail>(scale + i, n), b = load<kTail>(bias + i, n);
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = r * stride + i;
-      V z = fma(load<kTail>(x + at, n) - m, s, b);
-      if constexpr (kResidual) z += load<kTail>(residual + at, n);
-      put<kTail>(y + at, apply_activation<kShape>(z, activation, param), n, streaming);
+      V z[kVectors];
+      for (int q = 0; q < kVectors; ++q) {
+        const int64_t c = i + q * lanes, at = r * stride + c;
+        z[q] =
+            fma(load<kTail>(x + at, n) - load<kTail>(mean + c, n), load<kTail>(scale + c, n), load<kTail>(bias + c, n));
+        if constexpr (kResidual) z[q] += load<kTail>(residual + at, n);
+      }
+      apply_activation<kShape>(z, activation, param);
+      for (int q = 0; q < kVectors; ++q) put<kTail>(y + r * stride + i + q * lanes, z[q], n, streaming);
     }
   }
 };
@@ -67,6 +74,7 @@ struct RowApply {
 template <class T, int kShape, int kSource, int kRows>
 struct RowReduce {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = kShape == kAny;
   const T *g, *x, *other;
   T *dz, *dx;
   int64_t stride;
@@ -75,30 +83,40 @@ struct RowReduce {
   int activation;
   double param;
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
     typedef vec_t<T> V;
-    const V m = load<kTail>(mean + i, n), s = load<kTail>(scale + i, n), b = load<kTail>(bias + i, n);
-    V total{}, product{};
+    V total[kVectors] = {}, product[kVectors] = {};
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = r * stride + i;
-      const V d = load<kTail>(x + at, n) - m;
-      V o{};
-      if constexpr (kSource != kFromInput) o = load<kTail>(other + at, n);
-      const V v = input_gradient<kShape, kSource>(load<kTail>(g + at, n), d, s, b, o, activation, param);
-      if (dz) store<kTail>(dz + at, v, n);
-      if (dx) store<kTail>(dx + at, v * s, n);
-      total += v;
-      product = fma(v, d, product);
+      V d[kVectors], v[kVectors], from[kVectors];
+      for (int q = 0; q < kVectors; ++q) {
+        const int64_t c = i + q * lanes, at = r * stride + c;
+        d[q] = load<kTail>(x + at, n) - load<kTail>(mean + c, n);
+        v[q] = load<kTail>(g + at, n);
+        from[q] = derivative_argument<kTail, kShape, kSource>(d[q], load<kTail>(scale + c, n), load<kTail>(bias + c, n),
+                                                              other + at, n);
+      }
+      input_gradient<kShape, kSource>(v, from, activation, param);
+      for (int q = 0; q < kVectors; ++q) {
+        const int64_t c = i + q * lanes, at = r * stride + c;
+        if (dz) store<kTail>(dz + at, v[q], n);
+        if (dx) store<kTail>(dx + at, v[q] * load<kTail>(scale + c, n), n);
+        total[q] += v[q];
+        product[q] = fma(v[q], d[q], product[q]);
+      }
     }
-    store<kTail>(sum + i, load<kTail>(sum + i, n) + total, n);
-    store<kTail>(dot + i, load<kTail>(dot + i, n) + product, n);
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t c = i + j * lanes;
+      store<kTail>(sum + c, load<kTail>(sum + c, n) + total[j], n);
+      store<kTail>(dot + c, load<kTail>(dot + c, n) + product[j], n);
+    }
   }
 };
 
 template <class T, int kShape, int kSource, int kRows>
 struct RowInputGradient {
   static constexpr int lanes = kLanes<T>;
+  static constexpr bool together = kShape == kAny;
   const T *g, *x, *other;
   T* dx;
   int64_t stride;
@@ -107,24 +125,31 @@ struct RowInputGradient {
   int activation;
   double param;
 
-  template <bool kTail, int kSlot>
+  template <bool kTail, int kSlot, int kVectors>
   DLKERN_INLINE void step(int64_t i, int n) {
     typedef vec_t<T> V;
-    const V m = load<kTail>(mean + i, n), s = load<kTail>(scale + i, n), b = load<kTail>(bias + i, n);
-    const V k = load<kTail>(slope + i, n), k0 = load<kTail>(offset + i, n);
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = r * stride + i;
-      const V d = load<kTail>(x + at, n) - m;
-      V o{};
-      if constexpr (kSource != kFromInput) o = load<kTail>(other + at, n);
-      const V v = input_gradient<kShape, kSource>(load<kTail>(g + at, n), d, s, b, o, activation, param);
-      put<kTail>(dx + at, fma(v, s, -fma(d, k, k0)), n, streaming);
+      V d[kVectors], v[kVectors], from[kVectors];
+      for (int q = 0; q < kVectors; ++q) {
+        const int64_t c = i + q * lanes, at = r * stride + c;
+        d[q] = load<kTail>(x + at, n) - load<kTail>(mean + c, n);
+        v[q] = load<kTail>(g + at, n);
+        from[q] = derivative_argument<kTail, kShape, kSource>(d[q], load<kTail>(scale + c, n), load<kTail>(bias + c, n),
+                                                              other + at, n);
+      }
+      input_gradient<kShape, kSource>(v, from, activation, param);
+      for (int q = 0; q < kVectors; ++q) {
+        const int64_t c = i + q * lanes, at = r * stride + c;
+        const V centre = fma(d[q], load<kTail>(slope + c, n), load<kTail>(offset + c, n));
+        put<kTail>(dx + at, fma(v[q], load<kTail>(scale + c, n), -centre), n, streaming);
+      }
     }
   }
 };
 
 // How many rows a kernel steps through together. Several spare loads of parameters and sums, but as so many streams in
-// one page they defeat the processor's prefetching, unless they are so short that they are one stream.
+// one page they defeat the processor's prefetching, unless they are so short that they are one stream. Where
+// activations are called, they are called for several vectors of one row.
 template <class T>
 inline int row_group(int64_t channels) {
   return 4 * channels * (int64_t)sizeof(T) <= 1024 ? 4 : 1;
@@ -222,7 +247,10 @@ DLKERN_INLINE void row_apply_step(const BatchNormActForward& a, int64_t at, int6
                                           bias + column,
                                           a.activation,
                                           a.param};
-  over_single(k, n);
+  if constexpr (kRows == 1)
+    over(k, n);
+  else
+    over_single(k, n);
 }
 
 template <class T, int kShape, bool kResidual>
@@ -232,8 +260,9 @@ void row_apply(const BatchNormActForward& a, const Plan& plan, const Tile& tile,
   const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0;
   const int group = row_group<T>(channels);
   int64_t r = tile.rows.begin;
-  for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
-    row_apply_step<T, kShape, kResidual, 4>(a, r * channels + column, n, column, streaming, scale, bias);
+  if constexpr (kShape != kAny)
+    for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
+      row_apply_step<T, kShape, kResidual, 4>(a, r * channels + column, n, column, streaming, scale, bias);
   for (; r < tile.rows.end; ++r)
     row_apply_step<T, kShape, kResidual, 1>(a, r * channels + column, n, column, streaming, scale, bias);
   if (streaming) finish_streaming();
@@ -297,7 +326,7 @@ DLKERN_INLINE void row_reduce_step(const BatchNormActBackward& a, const Backward
   RowReduce<T, kShape, kSource, kRows> k{static_cast<const T*>(a.grad_y) + at,
                                          static_cast<const T*>(a.x) + at,
                                          kSource == kFromInput ? nullptr : static_cast<const T*>(passes.other) + at,
-                                         a.grad_residual ? static_cast<T*>(a.grad_residual) + at : nullptr,
+                                         passes.dz ? static_cast<T*>(passes.dz) + at : nullptr,
                                          passes.first_writes_x ? static_cast<T*>(a.grad_x) + at : nullptr,
                                          a.geometry.channels,
                                          static_cast<const wide_t<T>*>(a.mean) + column,
@@ -307,23 +336,27 @@ DLKERN_INLINE void row_reduce_step(const BatchNormActBackward& a, const Backward
                                          arrays.second,
                                          a.activation,
                                          a.param};
-  over_single(k, n);
+  if constexpr (kRows == 1)
+    over(k, n);
+  else
+    over_single(k, n);
 }
 
 // sum(dz) and sum(dz * (x - mean)) of a tile, column by column, into total and product.
 template <class T, int kShape, int kSource>
-void row_reduce(const BatchNormActBackward& a, const Plan& plan, const BackwardPasses& passes, const Tile& tile,
+void row_reduce(const BatchNormActBackward& a, const BackwardPasses& passes, const Tile& tile,
                 const RowParameters<T>& p, const RowArrays<T>& arrays, double* total, double* product) {
   typedef wide_t<T> A;
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
   const int group = row_group<T>(channels);
   for (int64_t r = tile.rows.begin; r < tile.rows.end;) {
     const bool first = r == tile.rows.begin;
-    const int64_t end = std::min(tile.rows.end, r + plan.rows_per_chunk);
+    const int64_t end = std::min(tile.rows.end, r + kRunRows);
     std::fill_n(arrays.first, n, A(0));
     std::fill_n(arrays.second, n, A(0));
-    for (; group == 4 && r + 4 <= end; r += 4)
-      row_reduce_step<T, kShape, kSource, 4>(a, passes, r * channels + column, n, column, p, arrays);
+    if constexpr (kShape != kAny)
+      for (; group == 4 && r + 4 <= end; r += 4)
+        row_reduce_step<T, kShape, kSource, 4>(a, passes, r * channels + column, n, column, p, arrays);
     for (; r < end; ++r) row_reduce_step<T, kShape, kSource, 1>(a, passes, r * channels + column, n, column, p, arrays);
     for (int64_t c = 0; c < n; ++c) {
       total[column + c] = (first ? 0 : total[column + c]) + arrays.first[c];
@@ -349,7 +382,10 @@ DLKERN_INLINE void row_input_gradient_step(const BatchNormActBackward& a, const 
                                                 p.offset + column,
                                                 a.activation,
                                                 a.param};
-  over_single(k, n);
+  if constexpr (kRows == 1)
+    over(k, n);
+  else
+    over_single(k, n);
 }
 
 template <class T, int kShape, int kSource>
@@ -359,8 +395,9 @@ void row_input_gradient(const BatchNormActBackward& a, const Plan& plan, const v
   const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.grad_x), channels) && n % 32 == 0;
   const int group = row_group<T>(a.geometry.channels);
   int64_t r = tile.rows.begin;
-  for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
-    row_input_gradient_step<T, kShape, kSource, 4>(a, grad, other, r * channels + column, n, column, streaming, p);
+  if constexpr (kShape != kAny)
+    for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
+      row_input_gradient_step<T, kShape, kSource, 4>(a, grad, other, r * channels + column, n, column, streaming, p);
   for (; r < tile.rows.end; ++r)
     row_input_gradient_step<T, kShape, kSource, 1>(a, grad, other, r * channels + column, n, column, streaming, p);
   if (streaming) finish_streaming();
@@ -403,7 +440,7 @@ void backward_rows(const BackwardContext& f, Team team) {
   const auto reduce = pick_backward<PickRowReduce<T>>(a.activation, passes.source);
   for (int64_t t = mine.begin; t < mine.end; ++t) {
     double* partial = f.common + 2 * channels * (t / grid.tiles);
-    reduce(a, f.plan, passes, grid.at(t, g, f.plan), p, arrays, partial, partial + channels);
+    reduce(a, passes, grid.at(t, g, f.plan), p, arrays, partial, partial + channels);
   }
   team.barrier();
   for (int64_t c = finished.begin; c < finished.end; ++c) {
@@ -418,8 +455,8 @@ void backward_rows(const BackwardContext& f, Team team) {
   }
   if (!passes.second) return;
   team.barrier();
-  const auto input_gradient = a.grad_residual ? PickRowInputGradient<T>::template get<kPlainIdentity, kFromInput>()
-                                              : pick_backward<PickRowInputGradient<T>>(a.activation, passes.source);
-  const void* grad = a.grad_residual ? a.grad_residual : a.grad_y;
+  const auto input_gradient = passes.dz ? PickRowInputGradient<T>::template get<kPlainIdentity, kFromInput>()
+                                        : pick_backward<PickRowInputGradient<T>>(a.activation, passes.source);
+  const void* grad = passes.dz ? passes.dz : a.grad_y;
   for (int64_t t = mine.end; t-- > mine.begin;) input_gradient(a, f.plan, grad, passes.other, grid.at(t, g, f.plan), p);
 }

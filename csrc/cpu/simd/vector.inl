@@ -78,13 +78,24 @@ DLKERN_INLINE vl first_lanes(vd, int n) { return vl{0, 1, 2, 3} < (int64_t)n; }
 
 DLKERN_INLINE vf from_bits(vu u) { return (vf)u; }
 
-DLKERN_CONVERSION vf widen(vh h, bf16*) { return from_bits(__builtin_convertvector(h, vu) << 16); }
+DLKERN_CONVERSION vf widen(vh h, bf16*) {
+#if DLKERN_AVX2
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#else
+  return from_bits(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 
 DLKERN_CONVERSION vh narrow(vf v, bf16*) {
   const vu u = (vu)v;
-  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const vu nan = (u >> 16) | 0x40u;
-  return __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded, vh);
+  const vu rounded = u + 0x7fffu + ((u >> 16) & 1u);  // to nearest, ties to even
+  const vu bits = (rounded | (vu)(v != v)) >> 16;     // a NaN, whose rounding may overflow, becomes that of all ones
+#if DLKERN_AVX2
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);  // within each half
+  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(bits, vh);
+#endif
 }
 
 DLKERN_CONVERSION vf widen(vh h, f16*) {
@@ -117,7 +128,6 @@ DLKERN_CONVERSION vh narrow(vf v, f16*) {
 #undef DLKERN_CONVERSION
 
 // ---------------------------------------------------------------------------- loads and stores
-// Half types through an array: there are no masked loads of 16-bit lanes before AVX-512.
 template <class U, class V>
 DLKERN_NOINLINE V gather_first(const U* p, int n) {
   U lanes[sizeof(V) / sizeof(U)] = {};
@@ -131,6 +141,30 @@ DLKERN_NOINLINE void scatter_first(U* p, V v, int n) {
   U lanes[sizeof(V) / sizeof(U)];
   std::memcpy(lanes, &v, sizeof v);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// Half types in words of 4, 2 and 1 lanes (little-endian): there are no masked loads of 16-bit lanes before AVX-512.
+DLKERN_INLINE vh gather_halves(const uint16_t* p, int n) {
+  uint64_t words[2] = {0, 0}, rest = 0;
+  if (n & 1) rest = p[n - 1];
+  if (n & 2) {
+    uint32_t pair;
+    std::memcpy(&pair, p + (n & 4), sizeof pair);
+    rest = rest << 32 | pair;
+  }
+  if (n & 4) std::memcpy(words, p, sizeof rest);
+  words[n >> 2 & 1] = rest;
+  vh v;
+  std::memcpy(&v, words, sizeof v);
+  return v;
+}
+DLKERN_INLINE void scatter_halves(uint16_t* p, vh v, int n) {
+  uint64_t words[2];
+  std::memcpy(words, &v, sizeof v);
+  if (n & 4) std::memcpy(p, words, sizeof words[0]);
+  const uint64_t rest = words[n >> 2 & 1];
+  if (n & 2) std::memcpy(p + (n & 4), &rest, sizeof(uint32_t));
+  if (n & 1) p[n - 1] = (uint16_t)(n & 2 ? rest >> 32 : rest);
 }
 
 template <bool kTail>
@@ -162,7 +196,11 @@ DLKERN_INLINE vd load(const double* p, int n) {
   if constexpr (!kTail) {
     return *reinterpret_cast<const unaligned_vd*>(p);
   } else {
+#if DLKERN_AVX2
+    return (vd)_mm256_maskload_pd(p, (__m256i)first_lanes(vd{}, n));
+#else
     return gather_first<double, vd>(p, n);
+#endif
   }
 }
 template <bool kTail>
@@ -170,7 +208,11 @@ DLKERN_INLINE void store(double* p, vd v, int n) {
   if constexpr (!kTail) {
     *reinterpret_cast<unaligned_vd*>(p) = v;
   } else {
+#if DLKERN_AVX2
+    _mm256_maskstore_pd(p, (__m256i)first_lanes(vd{}, n), (__m256d)v);
+#else
     scatter_first(p, v, n);
+#endif
   }
 }
 template <bool kTail, class H>
@@ -179,7 +221,7 @@ DLKERN_INLINE vf load_half(const H* p, int n) {
   if constexpr (!kTail)
     return widen(*reinterpret_cast<const unaligned_vh*>(bits), (H*)nullptr);
   else
-    return widen(gather_first<uint16_t, vh>(bits, n), (H*)nullptr);
+    return widen(gather_halves(bits, n), (H*)nullptr);
 }
 template <bool kTail, class H>
 DLKERN_INLINE void store_half(H* p, vf v, int n) {
@@ -187,7 +229,7 @@ DLKERN_INLINE void store_half(H* p, vf v, int n) {
   if constexpr (!kTail)
     *reinterpret_cast<unaligned_vh*>(bits) = narrow(v, (H*)nullptr);
   else
-    scatter_first(bits, narrow(v, (H*)nullptr), n);
+    scatter_halves(bits, narrow(v, (H*)nullptr), n);
 }
 template <bool kTail>
 DLKERN_INLINE vf load(const bf16* p, int n) {
@@ -248,35 +290,40 @@ DLKERN_INLINE void finish_streaming() {
 #endif
 }
 
-// Asks for the cache line that a later step reads (or writes), once a line: kSlot numbers the steps of one round.
-template <class T, int kSlot, bool kWrite = false>
-DLKERN_INLINE void prefetch(const T* p) {
-  if constexpr (kSlot * kLanes<T> * sizeof(T) % 64 == 0) __builtin_prefetch(p, kWrite);
+// Asks for the cache line that a later step reads (or writes), once a line: slot numbers the vectors of one round.
+template <class T, bool kWrite = false>
+DLKERN_INLINE void prefetch(const T* p, int slot) {
+  if (slot * kLanes<T> * sizeof(T) % 64 == 0) __builtin_prefetch(p, kWrite);
 }
 
 // ------------------------------------------------------------------------------ over an array
-// A kernel over n consecutive elements is a struct with `lanes` and
-//   template <bool kTail, int kSlot> void step(int64_t i, int n)
-// for the vector at i (n lanes of it where kTail); kSlot numbers the accumulators of independent steps.
+// A kernel over n consecutive elements is a struct with `lanes`, `together` and
+//   template <bool kTail, int kSlot, int kVectors> void step(int64_t i, int n)
+// for the kVectors vectors from i on (one, with n lanes of it, where kTail); kSlot numbers the accumulators of
+// independent steps. `together` asks for steps of four vectors, where a step has a call in it.
 template <class Kernel>
 DLKERN_INLINE void over(Kernel& kernel, int64_t n) {
   constexpr int w = Kernel::lanes;
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w) {
-    kernel.template step<false, 0>(i, w);
-    kernel.template step<false, 1>(i + w, w);
-    kernel.template step<false, 2>(i + 2 * w, w);
-    kernel.template step<false, 3>(i + 3 * w, w);
+    if constexpr (Kernel::together) {
+      kernel.template step<false, 0, 4>(i, w);
+    } else {
+      kernel.template step<false, 0, 1>(i, w);
+      kernel.template step<false, 1, 1>(i + w, w);
+      kernel.template step<false, 2, 1>(i + 2 * w, w);
+      kernel.template step<false, 3, 1>(i + 3 * w, w);
+    }
   }
-  for (; i + w <= n; i += w) kernel.template step<false, 0>(i, w);
-  if (i < n) kernel.template step<true, 1>(i, (int)(n - i));
+  for (; i + w <= n; i += w) kernel.template step<false, 0, 1>(i, w);
+  if (i < n) kernel.template step<true, 1, 1>(i, (int)(n - i));
 }
 
-// The same without unrolling, for kernels whose steps are long.
+// The same one vector at a time, for kernels whose step has several rows.
 template <class Kernel>
 DLKERN_INLINE void over_single(Kernel& kernel, int64_t n) {
   constexpr int w = Kernel::lanes;
   int64_t i = 0;
-  for (; i + w <= n; i += w) kernel.template step<false, 0>(i, w);
-  if (i < n) kernel.template step<true, 0>(i, (int)(n - i));
+  for (; i + w <= n; i += w) kernel.template step<false, 0, 1>(i, w);
+  if (i < n) kernel.template step<true, 0, 1>(i, (int)(n - i));
 }

@@ -11,46 +11,43 @@ DLKERN_LANEWISE(expm1, std::expm1)
 DLKERN_LANEWISE(tanh, std::tanh)
 #undef DLKERN_LANEWISE
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; NaN stays in r. n and 2^n come split in two, so that neither overflows.
+// x = n ln 2 + r with |r| <= ln 2 / 2, and 2^n. Below the normal numbers 2^n is 0, above the largest infinity: of an
+// activation nothing that small or large can be seen. NaN stays in r.
 struct Reduced {
-  vf r, scale, scale2;
+  vf r, scale;
 };
 DLKERN_INLINE Reduced reduce(vf x) {
-  x = select(x > 89.0f, vf{} + 89.0f, x);     // exp overflows to infinity
-  x = select(x < -104.0f, vf{} - 104.0f, x);  // and underflows to 0
-  const vf magic = vf{} + 12582912.0f;        // 1.5 * 2^23: adding it rounds to an integer
+  const vf high = vf{} + 89.0f, low = vf{} - 88.0f;
+  x = select(high < x, high, x);  // minps and maxps, which pass their second operand on where it is NaN
+  x = select(low > x, low, x);
+  const vf magic = vf{} + 12583039.0f;  // 1.5 * 2^23 + 127: adding it rounds to n, and leaves the exponent of 2^n below
   const vf shifted = fma(x, vf{} + 1.44269504088896341f, magic);
   const vf n = shifted - magic;
   vf r = fma(n, vf{} - 0.693145751953125f, x);  // ln 2 in two parts, the first with few bits: exact products
   r = fma(n, vf{} - 1.42860682030941723e-6f, r);
-  const vi exponent = (vi)shifted - 0x4b400000;
-  const vi half = exponent >> 1;
-  return {r, (vf)((half + 127) << 23), (vf)((exponent - half + 127) << 23)};
+  return {r, (vf)((vu)shifted << 23)};
 }
 
-// (exp(r) - 1 - r) / r^2 by its Taylor series: the first term left out is below 2^-27 of exp(r).
+// exp(r) - 1 by its Taylor series: the first term left out is below 2^-27 of exp(r).
 DLKERN_INLINE vf exp_series(vf r) {
   vf p = vf{} + (float)(1.0 / 5040);
   p = fma(p, r, vf{} + (float)(1.0 / 720));
   p = fma(p, r, vf{} + (float)(1.0 / 120));
   p = fma(p, r, vf{} + (float)(1.0 / 24));
   p = fma(p, r, vf{} + (float)(1.0 / 6));
-  return fma(p, r, vf{} + 0.5f);
+  p = fma(p, r, vf{} + 0.5f);
+  return fma(p, r * r, r);
 }
 
 DLKERN_INLINE vf exp(vf x) {
   const Reduced e = reduce(x);
-  const vf p = fma(exp_series(e.r), e.r * e.r, e.r) + 1.0f;
-  return p * e.scale * e.scale2;
+  const vf p = exp_series(e.r);
+  return (p + 1.0f) * e.scale;
 }
 
 DLKERN_INLINE vf expm1(vf x) {
   const Reduced e = reduce(x);
-  const vf p = fma(exp_series(e.r), e.r * e.r, e.r);
-  // the two factors are applied apart: their product overflows where x is near 89
-  const vf result = (fma(p, e.scale, e.scale) * e.scale2) - 1.0f;
-  const vf scale = e.scale * e.scale2;
-  return select((x > -30.0f) & (x < 30.0f), fma(p, scale, scale - 1.0f), result);
+  return fma(exp_series(e.r), e.scale, e.scale - 1.0f);
 }
 
 DLKERN_INLINE vf tanh(vf x) {
@@ -106,105 +103,143 @@ DLKERN_INLINE V gelu_tanh_inner(V z) {
   return tanh(splat<V>(kGeluScale) * fma(splat<V>(kGeluCubic) * z * z, z, z));
 }
 
-// act(z)
+// Activations of several vectors at once: a call, and the choice, for all of them.
+#define DLKERN_EACH(expression)        \
+  for (int i = 0; i < kVectors; ++i) { \
+    const V z = v[i];                  \
+    v[i] = (expression);               \
+  }                                    \
+  return;
+#define DLKERN_EACH_GRADIENT(expression) \
+  for (int i = 0; i < kVectors; ++i) {   \
+    const V g = v[i], z = from[i];       \
+    v[i] = (expression);                 \
+  }                                      \
+  return;
+
 template <class V>
-DLKERN_NOINLINE V activate(int code, V z, double param) {
-  const V zero{};
+DLKERN_INLINE V ramp6(V z) {  // hardsigmoid's relu6(z + 3)
+  return select(z < -3, V{}, select(z > 3, V{} + 6, z + 3));
+}
+template <class V>
+DLKERN_INLINE V relu6(V z) {
+  const V low = select(z <= V{}, V{}, z);  // a NaN stays
+  return select(low > 6, V{} + 6, low);
+}
+
+// v = act(v)
+template <int kVectors, class V>
+DLKERN_NOINLINE void activate(int code, V (&v)[kVectors], double param) {
+  const V zero{}, p = splat<V>(param);
   switch (code) {
     case kRelu:
-      return select(z <= zero, zero, z);  // a NaN stays
-    case kRelu6: {
-      const V low = select(z <= zero, zero, z);
-      return select(low > 6, zero + 6, low);
-    }
+      DLKERN_EACH(select(z <= zero, zero, z))
+    case kRelu6:
+      DLKERN_EACH(relu6(z))
     case kLeakyRelu:
-      return select(z > zero, z, z * splat<V>(param));
+      DLKERN_EACH(select(z > zero, z, z * p))
     case kSilu:
-      return z / (1 + exp(-z));
+      DLKERN_EACH(z / (1 + exp(-z)))
     case kGelu:
-      return z * normal(z).cdf;
+      DLKERN_EACH(z * normal(z).cdf)
     case kGeluTanh:
-      return splat<V>(0.5) * z * (1 + gelu_tanh_inner(z));
-    case kHardswish: {
-      const V ramp = select(z < -3, zero, select(z > 3, zero + 6, z + 3));
-      return z * ramp / 6;
-    }
-    case kHardsigmoid:
-      return select(z < -3, zero, select(z > 3, zero + 6, z + 3)) / 6;
-    case kSigmoid:
-      return sigmoid(z);
-    case kTanh:
-      return tanh(z);
-    case kElu:
-      return select(z > zero, z, expm1(z) * splat<V>(param));
-    default:
-      return z;
-  }
-}
-
-// g * act'(z), with PyTorch's values at the kinks and at NaN
-template <class V>
-DLKERN_NOINLINE V activation_gradient(int code, V g, V z, double param) {
-  const V zero{};
-  switch (code) {
-    case kRelu:
-      return select(z <= zero, zero, g);
-    case kRelu6:
-      return select((z <= zero) | (z >= 6), zero, g);
-    case kLeakyRelu:
-      return select(z > zero, g, g * splat<V>(param));
-    case kSilu: {
-      const V s = sigmoid(z);
-      return g * s * fma(z, 1 - s, zero + 1);
-    }
-    case kGelu: {
-      const auto n = normal(z);
-      return g * fma(z, n.pdf, n.cdf);
-    }
-    case kGeluTanh: {
-      const V t = gelu_tanh_inner(z);
-      const V slope = splat<V>(kGeluScale) * fma(splat<V>(3 * kGeluCubic) * z, z, zero + 1);
-      return g * splat<V>(0.5) * fma(z * (1 - t * t), slope, 1 + t);
-    }
+      DLKERN_EACH(splat<V>(0.5) * z * (1 + gelu_tanh_inner(z)))
     case kHardswish:
-      return select(z <= -3, zero, select(z < 3, g * (z / 3 + splat<V>(0.5)), g));
+      DLKERN_EACH(z * ramp6(z) * splat<V>(1.0 / 6))
     case kHardsigmoid:
-      return select((z > -3) & (z < 3), g / 6, zero);
-    case kSigmoid: {
-      const V s = sigmoid(z);
-      return g * s * (1 - s);
-    }
-    case kTanh: {
-      const V t = tanh(z);
-      return g * (1 - t * t);
-    }
+      DLKERN_EACH(ramp6(z) * splat<V>(1.0 / 6))
+    case kSigmoid:
+      DLKERN_EACH(sigmoid(z))
+    case kTanh:
+      DLKERN_EACH(tanh(z))
     case kElu:
-      return select(z > zero, g, g * exp(select(z > zero, zero, z)) * splat<V>(param));
+      DLKERN_EACH(select(z > zero, z, expm1(z) * p))
     default:
-      return g;
+      return;
   }
 }
 
-// g * act'(z) from y = act(z), where kernels/activation.py's gradient_from_output holds
 template <class V>
-DLKERN_NOINLINE V activation_gradient_from_output(int code, V g, V y, double param) {
-  const V zero{};
+DLKERN_INLINE V silu_slope(V z) {
+  const V s = sigmoid(z);
+  return s * fma(z, 1 - s, V{} + 1);
+}
+template <class V>
+DLKERN_INLINE V gelu_slope(V z) {
+  const auto n = normal(z);
+  return fma(z, n.pdf, n.cdf);
+}
+template <class V>
+DLKERN_INLINE V gelu_tanh_slope(V z) {
+  const V t = gelu_tanh_inner(z);
+  const V inner = splat<V>(kGeluScale) * fma(splat<V>(3 * kGeluCubic) * z, z, V{} + 1);
+  return splat<V>(0.5) * fma(z * (1 - t * t), inner, 1 + t);
+}
+template <class V>
+DLKERN_INLINE V bell(V y) {  // of a sigmoid's output
+  return y * (1 - y);
+}
+template <class V>
+DLKERN_INLINE V one_minus_square(V y) {
+  return 1 - y * y;
+}
+
+// v = v * act'(from), with PyTorch's values at the kinks and at NaN
+template <int kVectors, class V>
+DLKERN_NOINLINE void activation_gradient(int code, V (&v)[kVectors], const V (&from)[kVectors], double param) {
+  const V zero{}, p = splat<V>(param);
   switch (code) {
     case kRelu:
-      return select(y <= zero, zero, g);
+      DLKERN_EACH_GRADIENT(select(z <= zero, zero, g))
     case kRelu6:
-      return select((y <= zero) | (y >= 6), zero, g);
+      DLKERN_EACH_GRADIENT(select((z <= zero) | (z >= 6), zero, g))
     case kLeakyRelu:
-      return select(y > zero, g, g * splat<V>(param));
+      DLKERN_EACH_GRADIENT(select(z > zero, g, g * p))
+    case kSilu:
+      DLKERN_EACH_GRADIENT(g * silu_slope(z))
+    case kGelu:
+      DLKERN_EACH_GRADIENT(g * gelu_slope(z))
+    case kGeluTanh:
+      DLKERN_EACH_GRADIENT(g * gelu_tanh_slope(z))
+    case kHardswish:
+      DLKERN_EACH_GRADIENT(select(z <= -3, zero, select(z < 3, g * fma(z, splat<V>(1.0 / 3), splat<V>(0.5)), g)))
     case kHardsigmoid:
-      return select((y > zero) & (y < 1), g / 6, zero);
+      DLKERN_EACH_GRADIENT(select((z > -3) & (z < 3), g / 6, zero))
     case kSigmoid:
-      return g * y * (1 - y);
+      DLKERN_EACH_GRADIENT(g * bell(sigmoid(z)))
     case kTanh:
-      return g * (1 - y * y);
+      DLKERN_EACH_GRADIENT(g * one_minus_square(tanh(z)))
     case kElu:
-      return select(y > zero, g, g * (y + splat<V>(param)));
+      DLKERN_EACH_GRADIENT(select(z > zero, g, g * exp(select(z > zero, zero, z)) * p))
     default:
-      return g;
+      return;
   }
 }
+
+// v = v * act'(z) from `from` = act(z), where kernels/activation.py's gradient_from_output holds
+template <int kVectors, class V>
+DLKERN_NOINLINE void activation_gradient_from_output(int code, V (&v)[kVectors], const V (&from)[kVectors],
+                                                     double param) {
+  const V zero{}, p = splat<V>(param);
+  switch (code) {
+    case kRelu:
+      DLKERN_EACH_GRADIENT(select(z <= zero, zero, g))
+    case kRelu6:
+      DLKERN_EACH_GRADIENT(select((z <= zero) | (z >= 6), zero, g))
+    case kLeakyRelu:
+      DLKERN_EACH_GRADIENT(select(z > zero, g, g * p))
+    case kHardsigmoid:
+      DLKERN_EACH_GRADIENT(select((z > zero) & (z < 1), g / 6, zero))
+    case kSigmoid:
+      DLKERN_EACH_GRADIENT(g * bell(z))
+    case kTanh:
+      DLKERN_EACH_GRADIENT(g * one_minus_square(z))
+    case kElu:
+      DLKERN_EACH_GRADIENT(select(z > zero, g, g * (z + p)))
+    default:
+      return;
+  }
+}
+
+#undef DLKERN_EACH
+#undef DLKERN_EACH_GRADIENT
