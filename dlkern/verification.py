@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,15 +122,21 @@ def verify(
         used = []
         for label, run in _variants(reference_model, twins, args, kwargs, backward, seed, variants):
             used.append(label)
-            for key, value in run.items():
-                spread[key] = max(spread[key], _difference(value.to(base[key].dtype), base[key]))
-    rows = []
-    for (kind, name), value in base.items():
-        difference = _difference(ours[kind, name], value)
-        floor = _FLOOR_ULPS * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-        yardstick = spread[kind, name]
-        rows.append(VerifyRow(kind, name, difference, yardstick, max(2 * yardstick, floor)))
+            for key in base.keys() & run.keys():
+                spread[key] = max(spread[key], _difference(run[key].to(base[key].dtype), base[key]))
+    rows = [_row(key, base.get(key), ours.get(key), spread.get(key, 0.0)) for key in {**base, **ours}]
+    if not any(row.kind == "output" for row in rows):
+        raise ValueError("the models return no tensor that could be compared")
     return VerifyReport(rows, tuple(dict.fromkeys(used)))
+
+
+def _row(key: tuple[str, str], reference: Tensor | None, value: Tensor | None, spread: float) -> VerifyRow:
+    """One comparison; what only one of the models has is no agreement."""
+    if reference is None or value is None:
+        return VerifyRow(*key, float("inf"), 0.0, 0.0)
+    floor = _FLOOR_ULPS * torch.finfo(reference.dtype).eps if reference.is_floating_point() else 0.0
+    yardstick = spread if math.isfinite(spread) else 0.0
+    return VerifyRow(*key, _difference(value, reference), yardstick, max(2 * yardstick, floor))
 
 
 def _check_alike(reference_model: nn.Module, model: nn.Module) -> None:
@@ -160,19 +169,28 @@ def _cuda_devices(args: Any, kwargs: Any) -> list[int]:
 def _preserved(model: nn.Module) -> Iterator[None]:
     """Put buffers and modes back afterwards (gradients are never touched)."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    python = random.getstate()
     training = [(m, m.training) for m in model.modules()]
     try:
         yield
     finally:
+        random.setstate(python)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
         for module, was in training:
             module.training = was
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any, backward: bool, seed: int) -> dict[tuple[str, str], Tensor]:
-    """Outputs, buffers and gradients of one run, on the CPU; the model's buffers are as before."""
+    """Outputs, buffers and gradients of one run, on the CPU; the model's buffers and the sample are as before."""
+    args, kwargs = _mapped(_own_copy, args, kwargs)
+    inputs = {
+        f"input{pytree.keystr(path)}": t
+        for path, t in pytree.tree_flatten_with_path((args, kwargs))[0]
+        if isinstance(t, Tensor) and t.requires_grad
+    }
     with _preserved(model):
         torch.manual_seed(seed)
         with torch.set_grad_enabled(backward):
@@ -182,20 +200,37 @@ def _run(model: nn.Module, args: Any, kwargs: Any, backward: bool, seed: int) ->
             pytree.keystr(path).strip(".") or "output": t for path, t in leaves if isinstance(t, Tensor)
         }  # fmt: skip
         rows = {("output", name): t.detach().cpu().clone() for name, t in tensors.items()}
+        for path, leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                rows["output", f"{pytree.keystr(path)} = {leaf!r}"] = torch.tensor(0)  # its name is what is compared
         for name, b in model.named_buffers():
             rows["buffer", name] = b.detach().cpu().clone()
         if backward:
-            rows.update(_gradients(model, [t for t in tensors.values() if t.requires_grad], seed))
+            rows.update(_gradients(model, inputs, [t for t in tensors.values() if t.requires_grad], seed))
     return rows
 
 
 def _plain(outputs: Any) -> Any:
-    """Mappings that pytree does not know (transformers' outputs) as dicts."""
-    return dict(outputs) if isinstance(outputs, Mapping) else outputs
+    """Mappings and dataclasses that pytree does not know as dicts."""
+    if isinstance(outputs, Mapping):
+        return {k: _plain(v) for k, v in outputs.items()}
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        return {f.name: _plain(getattr(outputs, f.name)) for f in dataclasses.fields(outputs)}
+    return outputs
 
 
-def _gradients(model: nn.Module, outputs: list[Tensor], seed: int) -> dict[tuple[str, str], Tensor]:
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def _own_copy(value: Any) -> Any:
+    """A copy for one run: a forward may write into its inputs."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
+
+
+def _gradients(
+    model: nn.Module, inputs: dict[str, Tensor], outputs: list[Tensor], seed: int
+) -> dict[tuple[str, str], Tensor]:
+    """By parameter, and by input that requires one; a gradient that there is not has no row."""
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad] + list(inputs.items())
     if not outputs or not parameters:
         return {}
     generator = torch.Generator().manual_seed(seed % 2**63)
@@ -270,7 +305,7 @@ def _difference(value: Tensor, reference: Tensor) -> float:
     if value.shape != reference.shape or value.dtype != reference.dtype:
         return float("inf")
     if not value.is_floating_point():
-        return 0.0 if torch.equal(value, reference) else float("inf")
+        return 0.0 if torch.equal(value, reference) else (value != reference).double().mean().item()
     a, b = value.double(), reference.double()
     if torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan()):
         return 0.0

@@ -33,6 +33,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 def dense(x: Tensor) -> Tensor:
     """x itself where a kernel can read it in place (contiguous or channels_last), else a contiguous copy."""
+    if x.is_neg():  # a view that PyTorch negates when it is read
+        x = x.resolve_neg()
     if x.is_contiguous() or is_channels_last(x):
         return x
     return x.contiguous()
@@ -43,6 +45,8 @@ def like(x: Tensor, reference: Tensor) -> Tensor:
 
     ``reference`` is dense. Gradients arrive with arbitrary strides (expanded, transposed, sliced).
     """
+    if x.is_neg():
+        x = x.resolve_neg()
     if x.stride() == reference.stride() or all(
         size == 1 or ours == theirs for size, ours, theirs in zip(x.shape, x.stride(), reference.stride(), strict=True)
     ):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import swap_models as models
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import dlkern
 
@@ -32,7 +34,8 @@ def test_a_swapped_model_is_ok_and_nothing_is_left_behind(x: torch.Tensor) -> No
     report = dlkern.verify(plain, model, x)
     assert report.ok, report
     assert {row.kind for row in report.rows} == {"output", "gradient", "buffer"}
-    assert [row.name for row in report.rows if row.kind == "gradient"] == [n for n, _ in plain.named_parameters()]
+    gradients = [row.name for row in report.rows if row.kind == "gradient"]
+    assert gradients == [*(n for n, _ in plain.named_parameters()), "input[0][0]"]
     assert report.variants[0] == "memory format"
     assert "ok:" in str(report)
     assert torch.equal(rng, torch.get_rng_state())
@@ -76,6 +79,47 @@ def test_a_nan_is_not_ok(x: torch.Tensor) -> None:
     assert not dlkern.verify(plain, model, x).ok
 
 
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    note: str = "same"
+
+
+class Returns(models.Stack):
+    """Returns a dataclass; what is wrong with it is set from outside."""
+
+    scale, note, write, cut = 1.0, "same", False, False
+
+    def forward(self, x: Tensor) -> Output:
+        if self.write:
+            x.add_(1)
+        return Output(super().forward(x.detach() if self.cut else x) * self.scale, self.note)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"scale": 100.0}, {"note": "other"}, {"cut": True}], ids=str)
+def test_what_is_compared(x: Tensor, wrong: dict[str, object]) -> None:
+    plain = Returns()
+    model = copy.deepcopy(plain)
+    model.__dict__.update(wrong)
+    assert dlkern.verify(plain, model, x.requires_grad_()).ok is not bool(wrong)
+
+
+def test_a_gradient_that_only_one_model_has(x: Tensor) -> None:
+    plain = models.Stack()
+    model = copy.deepcopy(plain)
+    plain[1].conv1.forward = lambda h: F.conv2d(h, plain[1].conv1.weight.detach(), padding=1)
+    report = dlkern.verify(plain, model, x)
+    assert [row.name for row in report.failed if row.kind == "gradient"] == ["1.conv1.weight"]
+
+
+def test_a_forward_that_writes_into_its_input(x: Tensor) -> None:
+    plain = Returns()
+    plain.write = True
+    before = x.clone()
+    assert dlkern.verify(plain, copy.deepcopy(plain), x).ok
+    assert torch.equal(x, before)
+
+
 def test_inputs_and_outputs_of_every_shape(x: torch.Tensor) -> None:
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -90,7 +134,7 @@ def test_inputs_and_outputs_of_every_shape(x: torch.Tensor) -> None:
     model = dlkern.swap(copy.deepcopy(plain))
     report = dlkern.verify(plain, model, {"x": x, "scale": 2.0})
     assert report.ok, report
-    assert sum(row.kind == "output" for row in report.rows) == 3
+    assert sum(row.kind == "output" for row in report.rows) == 4  # and the None
     assert dlkern.verify(plain, model, (x, 3.0)).ok
 
 

@@ -18,7 +18,7 @@ from dlkern.kernels.reference.batch_norm_act import Request
 from dlkern.ops import batch_norm_act as op
 
 from . import runtime
-from .batch_norm_act import KIND
+from .batch_norm_act import KIND, is_candidate
 from .classes import generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
 from .results import Report, Row
@@ -59,6 +59,10 @@ def swap(
     _check(model)
     if memory_format is not None and not isinstance(memory_format, torch.memory_format):
         raise TypeError(f"memory_format: expected a torch.memory_format, got {memory_format!r}")
+    unfit = {torch.channels_last: 5, torch.channels_last_3d: 4}
+    rank = None if memory_format is None else unfit.get(memory_format)
+    if rank is not None and any(p.dim() == rank for p in model.parameters()):
+        raise ValueError(f"memory_format: {memory_format} cannot hold the model's {rank}-D parameters")
     with LOCK:
         _refuse_extended(model)
         with _as_unswapped(model):
@@ -69,7 +73,7 @@ def swap(
             model.to(memory_format=memory_format)
         unswap(model)
         for module, cls in changes:
-            module.__class__ = cls
+            object.__setattr__(module, "__class__", cls)
             runtime.reset(module)
         _reasons[model] = findings.reasons
     return model
@@ -88,7 +92,7 @@ def unswap(model: nn.Module) -> nn.Module:
         for module in model.modules():
             plan = plan_of(module)
             if plan is not None:
-                module.__class__ = plan[0]
+                object.__setattr__(module, "__class__", plan[0])
         _reasons.pop(model, None)
     return model
 
@@ -112,15 +116,20 @@ def report(model: nn.Module) -> Report:
             _row(model, join(path, s.norm), s.label, path) for s in plan[1].sites if join(path, s.norm) not in known
         ]
     reasons = _reasons.get(model)
-    if reasons is None:
-        with LOCK, _as_unswapped(model):
-            reasons = find(model, None).reasons if made.swapped else {}
+    if reasons is None and made.swapped:  # a copy: nothing is traced here, the model may be running
+        swapped = {row.path for row in made.swapped}
+        left = [p for p, m in model.named_modules() if is_candidate(m) and p not in swapped]
+        reasons = dict.fromkeys(left, "not swapped; dlkern.explain(model) says why")
+    reasons = reasons or {}
     made.skipped = [Row(path, KIND, "", reason) for path, reason in sorted(reasons.items())]
     return made
 
 
 def explain(model: nn.Module) -> Report:
-    """What ``swap(model)`` would do, and why; changes nothing."""
+    """What ``swap(model)`` would do, and why; changes nothing.
+
+    Like ``swap`` it traces the model's forwards on proxies, in both modes: no other thread may run the model then.
+    """
     _check(model)
     with LOCK, _as_unswapped(model):
         findings: Findings = find(model, None)
@@ -168,9 +177,9 @@ def _as_unswapped(model: nn.Module) -> Iterator[None]:
     """The modules under their own classes while they are traced."""
     swapped = [(m, type(m)) for m in model.modules() if plan_of(m) is not None and not is_extended(m)]
     for module, _ in swapped:
-        module.__class__ = plan_of(module)[0]  # type: ignore[index]
+        object.__setattr__(module, "__class__", plan_of(module)[0])  # type: ignore[index]
     try:
         yield
     finally:
         for module, cls in swapped:
-            module.__class__ = cls
+            object.__setattr__(module, "__class__", cls)

@@ -52,7 +52,7 @@ def is_candidate(m: nn.Module) -> bool:
 
 # ---------------------------------------------------------------------------------- activations
 def _plain(name: str) -> Callable[..., Activation]:
-    return lambda *args, **kwargs: Activation(name)
+    return lambda input, inplace=False: Activation(name)
 
 
 def _leaky_relu(x: Any, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
@@ -201,7 +201,7 @@ class _Matcher:
             bypassed.append(str(node.target))
             attributes = _attributes(str(node.target), self._module(node))
         if path not in self.proven:
-            self._refuse_mutations(source, span)
+            self._refuse_mutations(source, residual, span)
             if residual is not None and activation.name not in _KEPT_BY_PYTORCH:
                 self._refuse_later_mutations(span)
         return Site(path, f"{label}+{activation.name}", span, source, residual, activation, bypassed, attributes)
@@ -264,29 +264,35 @@ class _Matcher:
             return "the end of the forward"
         return getattr(node.target, "__name__", str(node.target))
 
-    def _refuse_mutations(self, source: fx.Node, span: list[fx.Node]) -> None:
+    def _origin(self, node: Any) -> Any:
+        """The node whose output this one passes on: past identities."""
+        while isinstance(node, fx.Node) and self._is_identity(node):
+            node = node.args[0]
+        return node
+
+    def _refuse_mutations(self, source: fx.Node, residual: fx.Node | None, span: list[fx.Node]) -> None:
         """A fused op reads the norm's input where the activation stood: nothing may write to it in between."""
         for node, position in self.order.items():
             if not self.order[span[0]] < position < self.order[span[-1]] or node in span:
                 continue
-            if self._writes_first_argument(node) and not self._is_fresh(node.args[0]):
-                raise NotASite(f"{self._describe(node)} may write to its input before the activation")
-            if node.meta.get("untraced") and source in node.all_input_nodes:
+            kept = [self._origin(n) for n in (source, residual) if n is not None]
+            if node.op == "get_attr" and str(node.target).startswith(f"{span[0].target}."):
+                raise NotASite("its statistics are read before the activation")
+            if self._writes(node):
+                target = node.args[0] if node.args and "out" not in node.kwargs else None
+                if not self._is_fresh(target) or self._origin(target) in kept:
+                    raise NotASite(f"{self._describe(node)} may write to its input before the activation")
+            if node.meta.get("untraced") and any(self._origin(n) in kept for n in node.all_input_nodes):
                 raise NotASite(f"{self._at(node.target)} takes its input before the activation and could not be traced")
 
     def _refuse_later_mutations(self, span: list[fx.Node]) -> None:
         """Backward keeps the output or the residual, which PyTorch's own does not: nobody may write to them."""
         for node, position in self.order.items():
-            if (
-                position > self.order[span[-1]]
-                and self._writes_first_argument(node)
-                and not self._is_fresh(node.args[0])
-            ):
+            if position > self.order[span[-1]] and self._writes(node) and not self._is_fresh(node.args[0]):
                 raise NotASite(f"{self._describe(node)} may write to what its backward keeps")
 
-    def _writes_first_argument(self, node: fx.Node) -> bool:
-        if not node.args:
-            return False
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether a node writes into a tensor that it takes: its first argument, or out=."""
         if node.op == "call_module":
             return bool(getattr(self._module(node), "inplace", False))
         if node.kwargs.get("inplace") is True or "out" in node.kwargs:
@@ -348,10 +354,13 @@ def fits(norm: Any, x: Any, residual: Any) -> bool:
     """Whether the fused op takes this call; where not, the stock modules run (and raise as they do)."""
     if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
+    if not torch.compiler.is_compiling() and (torch._C._get_tracing_state() is not None or x.is_neg()):
+        return False  # torch.jit.trace would not see what the op does
     shape, dtype = x.shape, x.dtype
     ndim = len(shape)
     if residual is not None and not (
         isinstance(residual, Tensor)
+        and type(residual) is type(x)
         and residual.shape == shape
         and residual.dtype == dtype
         and residual.device == x.device
@@ -368,9 +377,9 @@ def fits(norm: Any, x: Any, residual: Any) -> bool:
         return False
     if norm.training and x.numel() <= shape[1]:
         return False
-    like = norm._parameters["weight"]
+    like = layer.own(norm, norm._parameters, "weight")
     if like is None:
-        like = norm._buffers["running_mean"]
+        like = layer.own(norm, norm._buffers, "running_mean")
     return like is None or (
         like.device == x.device
         and (like.dtype == dtype or (like.dtype == torch.float32 and dtype in functional.HALF_DTYPES))

@@ -41,7 +41,7 @@ def generated(base: type[nn.Module], plan: Plan) -> type[nn.Module]:
 
 def _build(base: type[nn.Module], plan: Plan) -> type[nn.Module]:
     scope = evaluate(plan.source.names)
-    scope["_base"] = base
+    scope["_base"], scope["_forward"] = base, base.forward
     for p in inspect.signature(base.forward).parameters.values():
         if p.default is not p.empty:
             scope[f"_d_{p.name}"] = p.default
@@ -70,6 +70,8 @@ def _build(base: type[nn.Module], plan: Plan) -> type[nn.Module]:
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     base, plan = plan_of(self)  # type: ignore[misc]
     reduced: Any = super(generated(base, plan), self).__reduce_ex__(max(protocol, 2))
+    if is_extended(self):
+        return reduced
     _, _, *state = reduced
     return (_rebuild, (base, tuple(map(tuple, (plan.source, plan.sites)))), *state)
 

@@ -13,19 +13,21 @@ import importlib
 import inspect
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
+from dlkern import activations
 from dlkern.kernels.activation import Activation
 
 from . import batch_norm_act as rule
 from . import runtime
 from .batch_norm_act import Site
-from .trace import TENSOR, VALUE, Kind, Trace, is_plain
-from .witness import Refused
+from .trace import TENSOR, UNKNOWN, VALUE, Kind, Trace, is_plain
+from .witness import Refused, plain_globals
 
 
 class Source(NamedTuple):
@@ -47,6 +49,14 @@ class _Names:
     def literal(self, value: Any) -> str:
         text = self._text(value)
         return text if len(text) <= 8 and "(" not in text else self._name("k", "", text)
+
+    def builtin(self, name: str) -> str:
+        """A builtin, under a name that no argument can hide."""
+        return self._name("b", "builtins", name)
+
+    def module(self, name: str) -> str:
+        """A module itself, for what is read from it at the call."""
+        return self._name("i", name, "")
 
     def table(self) -> tuple[tuple[str, str, str], ...]:
         return tuple((name, module, text) for (module, text), name in self._names.items())
@@ -78,7 +88,9 @@ def evaluate(names: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
     """The globals of a generated forward."""
     scope: dict[str, Any] = {}
     for name, module, text in names:
-        if module:
+        if module and not text:
+            scope[name] = importlib.import_module(module)
+        elif module:
             scope[name] = operator.attrgetter(text)(importlib.import_module(module))
         else:
             scope[name] = eval(text, {"torch": torch, "Activation": Activation})
@@ -88,7 +100,15 @@ def evaluate(names: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
 def _importable(value: Any) -> tuple[str, str]:
     """(module, qualified name) under which a fresh process finds this function or class."""
     name, qualname = getattr(value, "__name__", ""), getattr(value, "__qualname__", "")
-    for module in (getattr(value, "__module__", None), "torch", "torch.nn.functional", "torch._C._nn", "_operator"):
+    homes = (
+        getattr(value, "__module__", None),
+        "torch",
+        "torch.nn.functional",
+        "torch._C._nn",
+        "_operator",
+        "builtins",
+    )
+    for module in homes:
         for candidate in filter(None, (qualname, name)):
             with contextlib.suppress(ImportError, AttributeError):
                 if module and operator.attrgetter(candidate)(importlib.import_module(module)) is value:
@@ -107,8 +127,21 @@ class _Body:
         self.guards: list[tuple[str, str]] = []  # (expression, description)
         self.lines: list[str] = []
         self._values: dict[fx.Node, str] = {}
+        self._with_globals: set[str] = set()
+        self._refuse_aliases()
         self._guard_all()
         self._emit_all()
+
+    def _refuse_aliases(self) -> None:
+        """A module that is registered under two names is called by the first, whichever the forward used."""
+        names: dict[int, list[str]] = {}
+        for path, module in self.trace.root.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(path)
+        for node in self.trace.graph.nodes:
+            if node.op == "call_module" and node.target:
+                module = self.modules[str(node.target)]
+                if len(names[id(module)]) > 1 and activations.from_module(module) is None:
+                    raise Refused(f"calls a module that is registered as {' and as '.join(names[id(module)])}")
 
     # -------------------------------------------------------------------------------- guards
     def _guard_all(self) -> None:
@@ -118,20 +151,60 @@ class _Body:
         for name, kind in trace.parameters.items():
             self._guard(_argument_guard(name, kind, self.names), f"argument {name} is not as it was when traced")
         self._guard(f"not {self.names.imported(nn.modules.module._has_any_global_hook)}()", "a global hook is set")
+        self._guard("_base.forward is _forward", "the forward of its class was replaced")
         for path in sorted(trace.inlined, key=_depth):
             self._guard_module(path, f"inlined module {path}", bypassed=True)
+            self._guard_globals(path)
             if path:
                 self._guard(
                     f"{self.local(path)}.training is self.training", f"{path}.training differs from its owner's"
                 )
+        self._guard_globals("")
         for site in self.sites:
             for path in site.bypassed:
                 self._guard_module(path, f"module {path}", bypassed=True)
             for path, attribute, value in site.attributes:
                 expression = f"{self.local(path)}.{attribute} == {self.names.literal(value)}"
                 self._guard(expression, f"{path}.{attribute} is no longer {value!r}")
-        for (path, attribute), value in trace.reads.items():
+        for (path, attribute), value in trace.reads.values.items():
             self._guard_read(path, attribute, value)
+        for path, names in trace.reads.of_class.items():
+            own = f"{self._guarded(path)}.__dict__.keys()"
+            self._guard(
+                f"{own}.isdisjoint({self.names.literal(tuple(sorted(names)))})", f"{path or 'self'} overrides a name"
+            )
+        for path, attribute in sorted(trace.reads.absent):
+            present = f"{self.names.builtin('hasattr')}({self._guarded(path)}, {attribute!r})"
+            self._guard(f"not {present}", f"attribute {path + '.' if path else ''}{attribute} is there now")
+        for (path, name), (table, is_none) in trace.reads.registered.items():
+            if (f"{path}.{name}" if path else name) not in self.locals:
+                entry = f"{self._guarded(path)}.{table}.get({name!r})"
+                self._guard(
+                    f"{entry} is {'' if is_none else 'not '}None", f"{path + '.' if path else ''}{name} changed"
+                )
+
+    def _guarded(self, path: str) -> str:
+        """The local variable of a module whose class is guarded."""
+        if path:
+            self._guard_module(path, f"module {path}")
+        return self.local(path)
+
+    def _guard_globals(self, path: str) -> None:
+        """Constants of its module that a traced forward reads."""
+        function = inspect.unwrap(type(self.modules[path]).forward)
+        if not inspect.isfunction(function) or path in self._with_globals:
+            return
+        self._with_globals.add(path)
+        module = str(function.__globals__.get("__name__"))
+        if "type" in function.__code__.co_names and "type" not in function.__globals__:
+            raise Refused("asks for a type()")
+        constants = plain_globals(function)
+        if constants and getattr(sys.modules.get(module), "__dict__", None) is not function.__globals__:
+            raise Refused(f"reads globals of {module}, which cannot be imported")
+        for name, value in constants.items():
+            same = "is" if value is None or isinstance(value, bool) else "=="
+            now = f"{self.names.builtin('getattr')}({self.names.module(module)}, {name!r}, ...)"
+            self._guard(f"{now} {same} {self.names.literal(value)}", f"the global {module}.{name} changed")
 
     def _guard(self, expression: str, description: str) -> None:
         if (expression, description) not in self.guards:
@@ -148,8 +221,9 @@ class _Body:
             container = f"{self.locals[parent]}._modules" if parent else "_m"
             local = self.locals[path] = f"_n{len(self.locals)}"
             kind = self.names.imported(type(self.modules[path]))
-            is_class = f"type({local} := {container}.get({name!r})) is {kind}"
-            if not rule.is_leaf(self.modules[path]):  # a container may itself have been swapped
+            is_class = f"{self.names.builtin('type')}({local} := {container}.get({name!r})) is {kind}"
+            module = self.modules[path]
+            if not rule.is_leaf(module) or rule.is_timm_norm(module):  # it may itself have been swapped
                 is_class = f"({is_class} or {self.names.imported(runtime.swapped_from)}({local}, {kind}))"
             self._guard(is_class, f"{label} is no longer of its class")
         if bypassed:
@@ -205,7 +279,7 @@ class _Body:
                 self.lines.append("del " + ", ".join(self._value(n) for n in done))
 
     def _value(self, node: fx.Node) -> str:
-        return self._values.setdefault(node, f"v{len(self._values)}")
+        return self._values.setdefault(node, f"_v{len(self._values)}")
 
     def _assign(self, node: fx.Node) -> str:
         expression = self._expression(node)
@@ -213,7 +287,9 @@ class _Body:
 
     def _expression(self, node: fx.Node) -> str:
         if node.op == "get_attr":
-            return f"self.{node.target}"
+            parent, _, name = str(node.target).rpartition(".")
+            owner = self._module(parent) if parent else "self"
+            return f"{self.names.builtin('getattr')}({owner}, {name!r})"
         arguments = [self._argument(a) for a in node.args]
         arguments += [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
         if node.op == "call_method":
@@ -223,6 +299,13 @@ class _Body:
             if not path:  # a leaf that owns itself
                 return f"_base.forward(self, {', '.join(arguments)})"
             call = f"{self._module(path)}({', '.join(arguments)})"
+            structure = node.meta.get("structure")
+            if structure is not None and structure != UNKNOWN:
+                if not rule.is_leaf(self.modules[path]):
+                    same_mode = f"{self._guarded(path)}.training is self.training"
+                    self._guard(same_mode, f"{path}.training differs from its owner's")
+                check = self.names.imported(runtime.structured)
+                return f"{check}({call}, {self.names.literal(structure)}, {path!r})"
             if not node.meta.get("untraced"):
                 return call
             if any(user.target is operator.getitem for user in node.users):
@@ -253,7 +336,7 @@ class _Body:
         if isinstance(a, dict):
             return "{" + ", ".join(f"{self.names.literal(k)}: {self._argument(v)}" for k, v in a.items()) + "}"
         if isinstance(a, slice):
-            return f"slice({', '.join(self._argument(v) for v in (a.start, a.stop, a.step))})"
+            return f"{self.names.builtin('slice')}({', '.join(self._argument(v) for v in (a.start, a.stop, a.step))})"
         if inspect.isroutine(a) or inspect.isclass(a):
             return self.names.imported(a)
         return self.names.literal(a)
@@ -295,18 +378,20 @@ def _is_dead(node: fx.Node) -> bool:
 
 def _argument_guard(expression: str, kind: Kind, names: _Names) -> str:
     if kind in (TENSOR, VALUE):
-        return f"isinstance({expression}, {names.imported(torch.Tensor)})"
+        return f"{names.builtin('isinstance')}({expression}, {names.imported(torch.Tensor)})"
     tag, inner = kind
     if tag in ("const", "default"):
         if inner is None or isinstance(inner, bool):
             return f"{expression} is {inner}"
         if is_plain(inner):
-            return f"type({expression}) is {type(inner).__name__} and {expression} == {names.literal(inner)}"
+            kind = names.imported(type(inner))
+            return f"{names.builtin('type')}({expression}) is {kind} and {expression} == {names.literal(inner)}"
         if inspect.isroutine(inner) or inspect.isclass(inner):
             return f"{expression} is {names.imported(inner)}"
         raise Refused(f"has an argument {expression} whose value is a {type(inner).__name__}")
     items = [_argument_guard(f"{expression}[{i}]", k, names) for i, k in enumerate(inner)]
-    return " and ".join([f"type({expression}) is {tag}", f"len({expression}) == {len(inner)}", *items])
+    is_kind = f"{names.builtin('type')}({expression}) is {names.builtin(tag)}"
+    return " and ".join([is_kind, f"{names.builtin('len')}({expression}) == {len(inner)}", *items])
 
 
 # ------------------------------------------------------------------------------------- a forward
@@ -330,9 +415,9 @@ def forward_source(base: type[nn.Module], modes: dict[bool, tuple[Trace, list[Si
         arguments.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name)
         if p.kind is p.POSITIONAL_ONLY:
             raise Refused(f"has a positional-only argument {p.name}")
-    reserved = {p.lstrip("*").split("=")[0] for p in parameters} & {"self", "_m", "_c", "_base"}
+    reserved = [name for name in signature.parameters if name.startswith("_")]
     if reserved:
-        raise Refused(f"has an argument named {reserved.pop()}")
+        raise Refused(f"has an argument named {reserved[0]}")
     head = ", ".join(["self", *parameters])
     stock = f"return _base.forward({', '.join(['self', *arguments])})"
     both = len(bodies) == 2 and (bodies[True].guards, bodies[True].lines) == (bodies[False].guards, bodies[False].lines)

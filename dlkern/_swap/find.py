@@ -13,7 +13,7 @@ from . import batch_norm_act as rule
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
 from .codegen import forward_source
-from .trace import UNKNOWN, Call, Kind, Trace, Tracer
+from .trace import UNKNOWN, Call, Trace, Tracer
 from .witness import Refused, mode
 
 Filter = Callable[[nn.Module, str], bool]
@@ -27,7 +27,7 @@ class Owner:
     module: nn.Module
     calls: dict[bool, Call | None] = field(default_factory=dict)
     inline: dict[bool, set[str]] = field(default_factory=dict)  # relative to the owner
-    results: dict[bool, dict[str, Kind]] = field(default_factory=dict)  # likewise
+    inner: dict[bool, dict[str, Call]] = field(default_factory=dict)  # calls of modules in it, likewise
     norms: dict[bool, set[str]] = field(default_factory=dict)  # likewise
 
 
@@ -65,6 +65,10 @@ def join(prefix: str, path: str) -> str:
 
 def _relative(path: str, owner: str) -> str:
     return path[len(owner) + 1 :] if owner else path
+
+
+def _is_inside(path: str, owner: str) -> bool:
+    return not owner or path.startswith(f"{owner}.")
 
 
 def _general_reason(module: nn.Module) -> str:
@@ -128,14 +132,16 @@ def _collect(
         stacks = [node.meta["stack"] for node in site.span]
         common = [level[0] for level in itertools.takewhile(lambda s: len(set(s)) == 1, zip(*stacks, strict=False))]
         owner_path = common[-1]
+        inside = [site.norm, *(entry for stack in stacks for entry in stack[len(common) :])]
+        if not all(_is_inside(entry, owner_path) for entry in inside):
+            findings.reasons[path] = "is registered outside of the module that calls it, too"
+            continue
         owner = owners.setdefault(join(prefix, owner_path), Owner(join(prefix, owner_path), modules[owner_path]))
         owner.calls[training] = trace.calls.get(owner_path)
         inner = {entry for stack in stacks for entry in stack[len(common) :]}
         owner.inline.setdefault(training, set()).update(_relative(entry, owner_path) for entry in inner)
         start = f"{owner_path}." if owner_path else ""
-        owner.results[training] = {
-            _relative(p, owner_path): call.result for p, call in trace.calls.items() if p.startswith(start)
-        }
+        owner.inner[training] = {_relative(p, owner_path): c for p, c in trace.calls.items() if p.startswith(start)}
         owner.norms.setdefault(training, set()).add(_relative(site.norm, owner_path))
 
 
@@ -150,10 +156,7 @@ def _plan(owner: Owner, accepted: set[str], findings: Findings) -> None:
     try:
         if "forward" in owner.module.__dict__:
             raise Refused("its forward is an instance attribute")
-        if type(owner.module).__reduce_ex__ is not object.__reduce_ex__ or (
-            type(owner.module).__reduce__ is not object.__reduce__
-        ):
-            raise Refused("has a pickling of its own")
+        _check_class(type(owner.module))
         modes: dict[bool, tuple[Trace, list[Site]]] = {}
         for training, norms in owner.norms.items():
             with mode(owner.module, training):
@@ -167,12 +170,19 @@ def _plan(owner: Owner, accepted: set[str], findings: Findings) -> None:
     findings.plans[owner.path] = Plan(source, tuple(sites.values()))
 
 
+def _check_class(cls: type) -> None:
+    """Refuse classes that would notice, or do not survive, a generated subclass."""
+    for name in ("__reduce_ex__", "__reduce__", "__new__", "__init_subclass__", "__getnewargs__", "__getnewargs_ex__"):
+        if any(name in base.__dict__ for base in cls.__mro__ if base is not object):
+            raise Refused(f"its class has a {name} of its own")
+
+
 def _local(owner: Owner, training: bool, norms: set[str], accepted: set[str]) -> tuple[Trace, list[Site]]:
     if norms == {""}:
         return rule.leaf_trace(owner.module)
     call = owner.calls[training]
     kinds = None if call is None or UNKNOWN in call.arguments.values() else call.arguments
-    trace = Tracer(rule.is_leaf, owner.inline[training], owner.results[training], kinds).run(owner.module)
+    trace = Tracer(rule.is_leaf, owner.inline[training], owner.inner[training], kinds).run(owner.module)
     sites, reasons = rule.match(trace, owner.path, frozenset(norms))
     # An inlined container may own sites too: they run here now. Those left out by filter_fn do not.
     sites = [site for site in sites if join(owner.path, site.norm) in accepted]

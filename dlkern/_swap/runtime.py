@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_fallback_forbidden: contextvars.ContextVar[bool] = contextvars.ContextVar("dlkern_no_fallback", default=False)
+#: A plain global, as dispatch's forced backends are: threads of the user's see it.
+_fallback_forbidden = False
 
 
 @contextlib.contextmanager
 def no_fallback() -> Iterator[None]:
     """Inside this block a swapped site that would run the stock modules raises RuntimeError with the reason."""
-    token = _fallback_forbidden.set(True)
+    global _fallback_forbidden
+    before, _fallback_forbidden = _fallback_forbidden, True
     try:
         yield
     finally:
-        _fallback_forbidden.reset(token)
+        _fallback_forbidden = before
 
 
 @dataclass
@@ -78,8 +79,30 @@ def missed(module: nn.Module, counter: Calls | None, sites: int, why: Callable[[
     """Count sites that run stock modules, or raise where that is forbidden."""
     if counter is not None:
         counter.fallback += sites
-        if _fallback_forbidden.get():
-            raise RuntimeError(f"dlkern.no_fallback: {type(module).__name__} runs its stock forward: {why()}")
+    if _fallback_forbidden:
+        raise RuntimeError(f"dlkern.no_fallback: {type(module).__name__} runs its stock forward: {why()}")
+
+
+def structured(value: Any, kind: Any, path: str) -> Any:
+    """The result of a module whose result the rewritten forward takes apart: of the kind it was traced with."""
+    if not _is_kind(value, kind):
+        raise RuntimeError(
+            f"dlkern: {path} no longer returns what it returned when the forward around it was swapped; swap the "
+            "model again"
+        )
+    return value
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    if kind == "tensor":
+        return isinstance(value, Tensor)
+    if not isinstance(kind, tuple):
+        return True
+    tag, inner = kind
+    if tag == "const":
+        return type(value) is type(inner) and value == inner
+    same = type(value) is {"list": list, "tuple": tuple}[tag] and len(value) == len(inner)
+    return same and all(map(_is_kind, value, inner))
 
 
 def tensor(value: Any, path: str) -> Any:

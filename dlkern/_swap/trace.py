@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,7 +21,17 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.proxy import Attribute, TraceError
 
-from .witness import NoUnwitnessedCalls, Refused, Untouched, modes, recorded_reads, unreadable_modes
+from .witness import (
+    CHANGES_MODE,
+    NoUnwitnessedCalls,
+    Reads,
+    Refused,
+    Untouched,
+    modes,
+    overrides_call,
+    recorded_reads,
+    strict,
+)
 
 #: fx patches torch.nn.Module for the whole process while it traces: one trace at a time.
 LOCK = threading.RLock()
@@ -81,22 +90,20 @@ def is_plain(value: Any) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that records in-place operators as what they are, and refuses isinstance in user code."""
+    """A proxy that records in-place operators as what they are, and that is no number."""
 
     def __getattr__(self, name: str) -> Any:
+        if self.node.meta.get("tensor") and not hasattr(torch.Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return _Attribute(self, name)
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # what isinstance() asks when the type itself does not match
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith(("torch.", "dlkern.")) or caller in _STANDARD_LIBRARY:
-            return type(self)
-        if self.node.meta.get("tensor"):
-            return torch.Tensor
-        raise Refused("tests the type of an intermediate value with isinstance")
+    def __len__(self) -> int:
+        raise Refused(_VALUES)
+
+    __float__ = __int__ = __index__ = __complex__ = __array__ = __len__  # type: ignore[assignment]
 
 
-_STANDARD_LIBRARY = {"inspect", "copy", "functools", "operator", "typing", "collections.abc", "abc", "contextlib"}
+_VALUES = "its forward depends on values of its input"
 
 
 def _inplace(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,6 +120,16 @@ for _function in INPLACE_OPERATORS:
 class _Attribute(Attribute, _Proxy):
     """``proxy.name``: a method call if it is called, else an attribute read."""
 
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Overwritten:
+    """Stands in a list or dict for what a module that stays a call wrote, or may have written, into it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
 
 @dataclass
 class Call:
@@ -120,6 +137,7 @@ class Call:
 
     arguments: dict[str, Kind]
     result: Kind
+    writes: tuple[tuple[int | str, int], ...] = ()  # (argument, index) of the lists that it wrote into
 
 
 @dataclass
@@ -131,7 +149,7 @@ class Trace:
     calls: dict[str, Call] = field(default_factory=dict)  # inlined modules
     opaque: dict[str, str] = field(default_factory=dict)  # modules whose forward refused, with the reason
     dirty: set[str] = field(default_factory=set)  # modules that wrote their own attributes
-    reads: dict[tuple[str, str], Any] = field(default_factory=dict)  # (path, attribute) -> plain value
+    reads: Reads = field(default_factory=Reads)
     inlined: set[str] = field(default_factory=set)  # modules whose forward stands in the graph
     arguments: dict[fx.Node, str] = field(default_factory=dict)  # placeholder -> expression of the parameters
     parameters: dict[str, Kind] = field(default_factory=dict)  # the kind each parameter was traced with
@@ -143,7 +161,7 @@ class Tracer(fx.Tracer):
 
     Args:
         inline: paths of the children to trace through; None: all that are not leaves.
-        results: how modules that stay calls answered when they were traced through, by path.
+        calls: how modules that stay calls behaved when they were traced through, by path.
         kinds: the kinds of the root's arguments by name; absent: tensors where no default is given.
     """
 
@@ -151,13 +169,13 @@ class Tracer(fx.Tracer):
         self,
         is_leaf: Callable[[nn.Module], bool],
         inline: set[str] | None = None,
-        results: dict[str, Kind] | None = None,
+        calls: dict[str, Call] | None = None,
         kinds: dict[str, Kind] | None = None,
     ) -> None:
         super().__init__()
         self._is_leaf = is_leaf
         self._inline = inline
-        self._results = results or {}
+        self._calls = calls or {}
         self._kinds = kinds
         self._stack: list[str] = [""]
         self._modes_at_start = modes()
@@ -172,10 +190,8 @@ class Tracer(fx.Tracer):
         reads, inlined = self.result.reads, self.result.inlined
         with Untouched(root) as state:
             try:
-                with recorded_reads(paths, reads, inlined), unreadable_modes(), NoUnwitnessedCalls():
+                with recorded_reads(paths, reads, inlined), strict((_Proxy, _Attribute)), NoUnwitnessedCalls():
                     self.result.graph = self.trace(root)
-            except Refused:
-                raise
             except Exception as error:  # user code on proxies can raise anything
                 raise Refused(_first_line(error)) from error
         if state.drew_random_numbers:
@@ -197,7 +213,7 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if modes() != self._modes_at_start:
-            raise Refused("changes grad mode, autocast or saved-tensor hooks in its forward")
+            raise Refused(CHANGES_MODE)
         node = super().create_node(*args, **kwargs)
         node.meta["stack"] = tuple(self._stack)
         node.meta["tensor"] = self._is_tensor(node)
@@ -209,14 +225,23 @@ class Tracer(fx.Tracer):
             return True
         inputs = [a for a in node.args if isinstance(a, fx.Node)]
         if not inputs or not inputs[0].meta["tensor"]:
-            return node.op == "call_module" and isinstance(
-                self.root.get_submodule(str(node.target)), _TENSOR_MODULES[:2]
-            )
+            return node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), _ALWAYS_TENSOR)
         if node.op == "call_module":
             return isinstance(self.root.get_submodule(str(node.target)), _TENSOR_MODULES)
         return node.op == "call_function" and node.target in _TENSOR_FUNCTIONS
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise Refused(_VALUES)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        raise Refused(_VALUES)
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise Refused(_VALUES)
+
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, _Overwritten):
+            raise Refused(f"uses what {a.path} may have written into a list or dict")
         if isinstance(a, torch.Tensor) and not self._is_parameter_or_buffer(a):
             raise Refused("uses a tensor that is neither an input, a parameter nor a buffer")
         if type(a) is OrderedDict:  # fx would turn it into a dict
@@ -240,13 +265,20 @@ class Tracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
+        if overrides_call(m):
+            raise Refused(f"calls {path}, whose class has a __call__ of its own")
         if self._is_leaf(m):
             return self._call_leaf(m, path, args, kwargs)
         if self._inline is not None and path not in self._inline:
             proxy = self.create_proxy("call_module", path, args, kwargs)
-            if path not in self._results:
-                return self._untraced(proxy)
-            return self._answer(proxy, self._results[path])
+            call = self._calls.get(path)
+            if call is None:
+                return self._untraced(proxy, args, kwargs)
+            for which, index in call.writes:
+                (args[which] if isinstance(which, int) else kwargs[which])[index] = _Overwritten(path)
+            if call.result not in (TENSOR, VALUE):
+                proxy.node.meta["structure"] = call.result
+            return self._answer(proxy, call.result)
         return self._call_inlined(m, path, args, kwargs)
 
     def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
@@ -255,7 +287,9 @@ class Tracer(fx.Tracer):
             weights = kwargs.get("need_weights", args[4] if len(args) > 4 else True)
             if not isinstance(weights, bool):
                 raise Refused("calls MultiheadAttention with a computed need_weights")
-            return self._answer(proxy, ("tuple", (TENSOR, TENSOR if weights else ("const", None))))
+            structure = ("tuple", (TENSOR, TENSOR if weights else ("const", None)))
+            proxy.node.meta["structure"] = structure
+            return self._answer(proxy, structure)
         return proxy
 
     def _answer(self, proxy: Any, kind: Kind) -> Any:
@@ -270,9 +304,14 @@ class Tracer(fx.Tracer):
         return items if name == "list" else tuple(items)
 
     @staticmethod
-    def _untraced(proxy: fx.Proxy) -> fx.Proxy:
+    def _untraced(proxy: fx.Proxy, args: Any, kwargs: Any) -> fx.Proxy:
         """The result of a module that could not be traced: taken for a tensor, and checked at the call."""
         proxy.node.meta["untraced"] = True
+        for value in [*args, *kwargs.values()]:  # it may have written into these
+            if isinstance(value, list):
+                value[:] = [_Overwritten(str(proxy.node.target))] * len(value)
+            elif isinstance(value, dict):
+                value.update(dict.fromkeys(value, _Overwritten(str(proxy.node.target))))
         return proxy
 
     def _call_inlined(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
@@ -282,23 +321,30 @@ class Tracer(fx.Tracer):
             else:
                 reason = f"is a {'GraphModule' if isinstance(m, fx.GraphModule) else 'ScriptModule'}"
             self.result.opaque[path] = reason
-            return self._untraced(self.create_proxy("call_module", path, args, kwargs))
+            return self._untraced(self.create_proxy("call_module", path, args, kwargs), args, kwargs)
+        lists = [(k, v, list(v)) for k, v in [*enumerate(args), *kwargs.items()] if type(v) is list]
         last = next(iter(reversed(self.graph.nodes)), None)
         self._stack.append(path)
         try:
+            arguments = _bind(m, args, kwargs)
             returned = type(m).forward(m, *args, **kwargs)
-            call = Call(_bind(m, args, kwargs), kind_of(returned))
-        except Exception as error:  # user code on proxies can raise anything
+            writes = [(k, i) for k, now, then in lists for i, v in enumerate(then) if i >= len(now) or now[i] is not v]
+            if any(len(now) != len(then) for _, now, then in lists):
+                raise Refused("changes the length of a list that it is given")
+            call = Call(arguments, kind_of(returned), tuple(writes))
+        except (Exception, Refused) as error:  # user code on proxies can raise anything
             if self._inline is not None:
                 raise
             self._forget_after(last)
             self.result.opaque[path] = _first_line(error)
             self._stack.pop()
-            return self._untraced(self.create_proxy("call_module", path, args, kwargs))
+            for _, now, then in lists:
+                now[:] = then
+            return self._untraced(self.create_proxy("call_module", path, args, kwargs), args, kwargs)
         self._stack.pop()
         known = self.result.calls.get(path)
         if known is not None and known != call:
-            call = Call(dict.fromkeys(call.arguments, UNKNOWN), UNKNOWN)
+            call = Call(dict.fromkeys(call.arguments, UNKNOWN), UNKNOWN, call.writes)
         self.result.calls[path] = call
         self.result.inlined.add(path)
         return returned
@@ -357,5 +403,5 @@ def _first_line(error: BaseException) -> str:
         return str(error)
     text = str(error).strip().splitlines()
     if isinstance(error, TraceError):
-        return f"its forward depends on values of its input ({text[0] if text else 'control flow'})"
+        return f"{_VALUES} ({text[0] if text else 'control flow'})"
     return f"its forward cannot be traced ({type(error).__name__}: {text[0][:120] if text else ''})"

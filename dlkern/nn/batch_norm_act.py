@@ -19,8 +19,8 @@ def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor 
     """
     training, momentum, tracked = norm.training, norm.momentum, None
     parameters, buffers = norm._parameters, norm._buffers
-    weight, bias = _own(norm, parameters, "weight"), _own(norm, parameters, "bias")
-    running_mean, running_var = _own(norm, buffers, "running_mean"), _own(norm, buffers, "running_var")
+    weight, bias = own(norm, parameters, "weight"), own(norm, parameters, "bias")
+    running_mean, running_var = own(norm, buffers, "running_mean"), own(norm, buffers, "running_var")
     if training and norm.track_running_stats:
         tracked = norm.num_batches_tracked
     elif training:  # batch statistics, and the running ones, if any, are left alone
@@ -49,7 +49,7 @@ def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor 
         raise
 
 
-def _own(norm: _BatchNorm, table: dict[str, Any], name: str) -> Any:
+def own(norm: _BatchNorm, table: dict[str, Any], name: str) -> Any:
     """A tensor of the module's, without nn.Module's attribute access, which would cost as much as all the rest.
 
     A name that a parametrization took out of the table is read as an attribute.

@@ -70,8 +70,8 @@ def forward(
     y = torch.empty_like(x)
     channels = x.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean = torch.empty(channels, dtype=wide)
-    invstd = torch.empty(channels, dtype=wide)
+    mean = torch.empty(channels, dtype=wide, device=x.device)
+    invstd = torch.empty(channels, dtype=wide, device=x.device)
     if x.numel() == 0:
         return y, mean.zero_(), invstd.zero_()
     if residual is not None:
