@@ -11,8 +11,8 @@
 
 namespace dlkern::cpu {
 
-// Elements that are accumulated in the wide type before they are added to a double: 16 to a lane, or so
-// many rows.
+// Elements (16 to a lane), or terms of a column, that are added in the wide type before their sum is added to a double.
+// A gradient is often constant, and equal terms round the same way: 128 of them cost 15 eps, these 4.
 constexpr int64_t kRun = 512;
 constexpr int64_t kRunRows = 32;
 // Elements (or rows) whose squares are summed about one shift.

@@ -150,9 +150,9 @@ struct RowInputGradient {
 // How many rows a kernel steps through together. Several spare loads of parameters and sums, but as so many streams in
 // one page they defeat the processor's prefetching, unless they are so short that they are one stream. Where
 // activations are called, they are called for several vectors of one row.
-template <class T>
+template <class T, int kShape>
 inline int row_group(int64_t channels) {
-  return 4 * channels * (int64_t)sizeof(T) <= 1024 ? 4 : 1;
+  return kShape != kAny && 4 * channels * (int64_t)sizeof(T) <= 1024 ? 4 : 1;
 }
 
 // The columns [begin, end) of rows, for threads to share.
@@ -194,7 +194,7 @@ void row_moments(const T* x, const Geometry& g, const Plan& plan, const Tile& ti
                  double* mean, double* m2) {
   typedef wide_t<T> A;
   const int64_t begin = tile.columns.begin, n = tile.columns.end - begin;
-  const int group = row_group<T>(g.channels);
+  const int group = row_group<T, kPlainIdentity>(g.channels);
   A *sum = arrays.first, *square = arrays.second, *shift = arrays.shift;
   x += begin, mean += begin, m2 += begin;
   for (int64_t r = tile.rows.begin; r < tile.rows.end;) {
@@ -258,7 +258,7 @@ void row_apply(const BatchNormActForward& a, const Plan& plan, const Tile& tile,
                const wide_t<T>* bias) {
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
   const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0;
-  const int group = row_group<T>(channels);
+  const int group = row_group<T, kShape>(channels);
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)
     for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
@@ -342,26 +342,33 @@ DLKERN_INLINE void row_reduce_step(const BatchNormActBackward& a, const Backward
     over_single(k, n);
 }
 
+// Adds sums to totals, and sets them to zero.
+template <class A>
+inline void take_sums(double* __restrict total, A* __restrict sum, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) total[c] += (double)sum[c];
+  std::fill_n(sum, n, A(0));
+}
+
 // sum(dz) and sum(dz * (x - mean)) of a tile, column by column, into total and product.
 template <class T, int kShape, int kSource>
 void row_reduce(const BatchNormActBackward& a, const BackwardPasses& passes, const Tile& tile,
                 const RowParameters<T>& p, const RowArrays<T>& arrays, double* total, double* product) {
   typedef wide_t<T> A;
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
-  const int group = row_group<T>(channels);
+  const int group = row_group<T, kShape>(channels);
+  total += column, product += column;
+  std::fill_n(total, n, 0.0);
+  std::fill_n(product, n, 0.0);
+  std::fill_n(arrays.first, n, A(0));
+  std::fill_n(arrays.second, n, A(0));
   for (int64_t r = tile.rows.begin; r < tile.rows.end;) {
-    const bool first = r == tile.rows.begin;
-    const int64_t end = std::min(tile.rows.end, r + kRunRows);
-    std::fill_n(arrays.first, n, A(0));
-    std::fill_n(arrays.second, n, A(0));
+    const int64_t end = std::min(tile.rows.end, r + group * kRunRows);
     if constexpr (kShape != kAny)
       for (; group == 4 && r + 4 <= end; r += 4)
         row_reduce_step<T, kShape, kSource, 4>(a, passes, r * channels + column, n, column, p, arrays);
     for (; r < end; ++r) row_reduce_step<T, kShape, kSource, 1>(a, passes, r * channels + column, n, column, p, arrays);
-    for (int64_t c = 0; c < n; ++c) {
-      total[column + c] = (first ? 0 : total[column + c]) + arrays.first[c];
-      product[column + c] = (first ? 0 : product[column + c]) + arrays.second[c];
-    }
+    take_sums(total, arrays.first, n);
+    take_sums(product, arrays.second, n);
   }
 }
 
@@ -393,7 +400,7 @@ void row_input_gradient(const BatchNormActBackward& a, const Plan& plan, const v
                         const Tile& tile, const RowParameters<T>& p) {
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
   const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.grad_x), channels) && n % 32 == 0;
-  const int group = row_group<T>(a.geometry.channels);
+  const int group = row_group<T, kShape>(a.geometry.channels);
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)
     for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
