@@ -53,4 +53,5 @@ def gradient_from_output(activation: Activation) -> bool:
         return activation.param > 0.0
     if activation.name == "elu":
         return activation.param >= 0.0
-    return activation.name in ("identity", "relu", "relu6", "hardsigmoid", "sigmoid", "tanh")
+    # not relu6 and hardsigmoid: an output that a half type rounds to the upper bound would have no gradient
+    return activation.name in ("identity", "relu", "sigmoid", "tanh")
