@@ -70,6 +70,20 @@ def test_every_site_runs_fused_with_the_same_numbers(x: torch.Tensor, training: 
     assert "6 sites swapped" in str(dlkern.report(model))
 
 
+def everything(model: nn.Module) -> dict[str, object]:
+    """What must be the same objects, or look the same, after a swap."""
+    return {
+        "parameters": [id(p) for p in model.parameters()],
+        "buffers": [id(b) for b in model.buffers()],
+        "keys": list(model.state_dict()),
+        "modes": [m.training for m in model.modules()],
+        "modules": [id(m) for m in model.modules()],
+        "paths": [name for name, _ in model.named_modules()],
+        "dicts": [{k: id(v) for k, v in m.__dict__.items()} for m in model.modules()],
+        "repr": repr(model),
+    }
+
+
 def test_what_a_swap_keeps(x: torch.Tensor) -> None:
     model = models.Stack()
     model[1].bn1.eval()
@@ -77,28 +91,9 @@ def test_what_a_swap_keeps(x: torch.Tensor) -> None:
     seen = []
     model[1].conv1.register_forward_hook(lambda *_: seen.append("conv1"))
     model[1].register_forward_pre_hook(lambda *_: seen.append("block"))
-    before = {
-        "parameters": [id(p) for p in model.parameters()],
-        "buffers": [id(b) for b in model.buffers()],
-        "keys": list(model.state_dict()),
-        "modes": [m.training for m in model.modules()],
-        "modules": [id(m) for m in model.modules()],
-        "paths": [name for name, _ in model.named_modules()],
-        "dicts": [{k: id(v) for k, v in m.__dict__.items()} for m in model.modules()],
-        "repr": repr(model),
-    }
+    before = everything(model)
     dlkern.swap(model)
-    after = {
-        "parameters": [id(p) for p in model.parameters()],
-        "buffers": [id(b) for b in model.buffers()],
-        "keys": list(model.state_dict()),
-        "modes": [m.training for m in model.modules()],
-        "modules": [id(m) for m in model.modules()],
-        "paths": [name for name, _ in model.named_modules()],
-        "dicts": [{k: id(v) for k, v in m.__dict__.items()} for m in model.modules()],
-        "repr": repr(model),
-    }
-    assert before == after
+    assert everything(model) == before
     assert isinstance(model, models.Stack)
     assert isinstance(model[1], models.Block)
     model(x).sum().backward()

@@ -23,6 +23,7 @@ from torch.fx.proxy import Attribute, TraceError
 
 from .witness import (
     CHANGES_MODE,
+    PLAIN,
     NoUnwitnessedCalls,
     Reads,
     Refused,
@@ -43,7 +44,6 @@ TENSOR = "tensor"
 VALUE = "value"
 UNKNOWN = "unknown"
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 INPLACE_OPERATORS = tuple(
     getattr(operator, name)
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
@@ -75,7 +75,7 @@ def kind_of(value: Any) -> Kind:
         return TENSOR if value.node.meta.get("tensor") else VALUE
     if type(value) in (list, tuple):
         return (type(value).__name__, tuple(kind_of(v) for v in value))
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return ("const", value)
     return UNKNOWN
 
@@ -86,7 +86,7 @@ def is_plain(value: Any) -> bool:
         return len(value) <= 64 and all(map(is_plain, value))
     if type(value) is dict:
         return len(value) <= 64 and all(is_plain(k) and is_plain(v) for k, v in value.items())
-    return type(value) in _PLAIN
+    return type(value) in PLAIN
 
 
 class _Proxy(fx.Proxy):

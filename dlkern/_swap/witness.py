@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 _METADATA = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__", "ndimension"}
 #: What every module keeps in its ``__dict__``.
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+#: The types of constants that a guard can compare.
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 CHANGES_MODE = "changes grad mode, autocast or saved-tensor hooks in its forward"
 
 
@@ -80,7 +81,7 @@ def plain_globals(function: FunctionType) -> dict[str, Any]:
     return {
         name: function.__globals__[name]
         for name in function.__code__.co_names
-        if type(function.__globals__.get(name, ...)) in _PLAIN
+        if type(function.__globals__.get(name, ...)) in PLAIN
     }
 
 
@@ -250,7 +251,7 @@ def recorded_reads(paths: dict[int, str], reads: Reads, inlined: set[str]) -> It
             reads.registered[path, name] = (tables[0], own[tables[0]][name] is None)
         elif hasattr(type(m), name):
             value = inspect.getattr_static(type(m), name)
-            if not (callable(value) or type(value) in _PLAIN or hasattr(type(value), "__get__")):
+            if not (callable(value) or type(value) in PLAIN or hasattr(type(value), "__get__")):
                 raise Refused(f"reads its class's attribute {name}, a {type(value).__name__}")
             reads.of_class.setdefault(path, set()).add(name)
         else:
