@@ -164,25 +164,38 @@ inline auto pick_forward(int activation, bool residual) {
   }
 }
 
-// What the passes of one backward call do. A first pass that stores dz spares the second one the derivative: that one
-// reads dz as its gradient, with the identity for an activation. dz is the gradient of the residual; and where the
-// derivative costs more than a store and a load, it is put where grad_x will be.
+// What the passes of one backward call do. dz, the gradient of act's input, is the gradient of the residual. Where its
+// derivative costs more than a store and a load, the first pass stores dz (where grad_x will be, if no residual has to
+// have it) and the second one reads it; elsewhere the second makes it again and stores it beside grad_x: all that is
+// stored can then go past the caches, which keep what the second pass reads.
 struct BackwardPasses {
-  bool first_writes_x;  // the first makes the sums and grad_residual, and grad_x where nothing has to be centred
-  bool second;          // makes the centred grad_x
-  void* dz;             // where the first stores dz, or null
-  Source source;        // of the first, as is other
-  const void* other;
+  // The first makes the sums; and grad_x where nothing has to be centred.
+  Source source;      // where it takes the derivative from
+  const void* other;  // the residual or the output that takes
+  void* first_dz;     // where it stores dz, or null
+  bool first_writes_x;
+  // The second makes the centred grad_x.
+  bool second;
+  const void* grad;    // what it reads: dz, or the gradient of the output
+  bool differentiate;  // whether that is the gradient of the output
+  void* second_dz;     // where it stores dz, or null
 };
 inline BackwardPasses passes_of(const BatchNormActBackward& a) {
   BackwardPasses p{};
+  p.source = a.y ? kFromOutput : a.residual ? kFromInputAndResidual : kFromInput;
+  p.other = a.y ? a.y : a.residual;
   p.second = a.grad_x && a.batch_stats;
   p.first_writes_x = a.grad_x && !a.batch_stats;
   const bool costly = a.activation == kSilu || a.activation == kGelu || a.activation == kGeluTanh ||
                       ((a.activation == kSigmoid || a.activation == kTanh || a.activation == kElu) && !a.y);
-  p.dz = a.grad_residual ? a.grad_residual : p.second && costly ? a.grad_x : nullptr;
-  p.source = a.y ? kFromOutput : a.residual ? kFromInputAndResidual : kFromInput;
-  p.other = a.y ? a.y : a.residual;
+  if (!p.second)
+    p.first_dz = a.grad_residual;
+  else if (costly)
+    p.first_dz = a.grad_residual ? a.grad_residual : a.grad_x;
+  else
+    p.second_dz = a.grad_residual;
+  p.differentiate = !(p.second && p.first_dz);
+  p.grad = p.differentiate ? a.grad_y : p.first_dz;
   return p;
 }
 

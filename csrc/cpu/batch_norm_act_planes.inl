@@ -108,7 +108,7 @@ struct PlaneInputGradient {
   static constexpr int lanes = kLanes<T>;
   static constexpr bool together = kShape == kAny;
   const T *g, *x, *other;
-  T* dx;
+  T *dz, *dx;
   int64_t ahead;
   bool streaming;
   vec_t<T> mean, scale, bias, slope, offset;
@@ -122,13 +122,16 @@ struct PlaneInputGradient {
     for (int q = 0; q < kVectors; ++q) {
       const int64_t at = i + q * lanes;
       if (!streaming) prefetch<T, true>(dx + ahead + at, kSlot + q);
+      if (!streaming && dz) prefetch<T, true>(dz + ahead + at, kSlot + q);
       d[q] = load<kTail>(x + at, n) - mean;
       v[q] = load<kTail>(g + at, n);
       from[q] = derivative_argument<kTail, kShape, kSource>(d[q], scale, bias, other + at, n);
     }
     input_gradient<kShape, kSource>(v, from, activation, param);
-    for (int q = 0; q < kVectors; ++q)
+    for (int q = 0; q < kVectors; ++q) {
+      if (dz) put<kTail>(dz + i + q * lanes, v[q], n, streaming);
       put<kTail>(dx + i + q * lanes, fma(v[q], scale, -fma(d[q], slope, offset)), n, streaming);
+    }
   }
 };
 
@@ -326,7 +329,7 @@ struct ReduceOwner {
     k.g = static_cast<const T*>(a.grad_y) + at;
     k.x = static_cast<const T*>(a.x) + at;
     if constexpr (kSource != kFromInput) k.other = static_cast<const T*>(passes.other) + at;
-    if (passes.dz) k.dz = static_cast<T*>(passes.dz) + at;
+    if (passes.first_dz) k.dz = static_cast<T*>(passes.first_dz) + at;
     if (passes.first_writes_x) k.dx = static_cast<T*>(a.grad_x) + at;
   }
   DLKERN_INLINE void flush(PlaneReduce<T, kShape, kSource>& k) { sum.take(k.sum), dot.take(k.dot); }
@@ -345,7 +348,7 @@ Sums plane_reduce(const BatchNormActBackward& a, const BackwardPasses& passes, c
 }
 
 template <class T, int kShape, int kSource>
-void plane_input_gradient(const BatchNormActBackward& a, const void* grad, const void* other, const Channel& channel,
+void plane_input_gradient(const BatchNormActBackward& a, const BackwardPasses& passes, const Channel& channel,
                           Range pieces, Affine<wide_t<T>> affine, Centring<wide_t<T>> centring) {
   typedef vec_t<T> V;
   PlaneInputGradient<T, kShape, kSource> k{};
@@ -354,11 +357,12 @@ void plane_input_gradient(const BatchNormActBackward& a, const void* grad, const
   k.activation = a.activation, k.param = a.param, k.ahead = channel.plan.ahead;
   for (int64_t p = pieces.begin; p < pieces.end; ++p) {
     const int64_t at = channel.offset(p), n = channel.length(p);
-    k.g = static_cast<const T*>(grad) + at;
+    k.g = static_cast<const T*>(passes.grad) + at;
     k.x = static_cast<const T*>(a.x) + at;
-    if constexpr (kSource != kFromInput) k.other = static_cast<const T*>(other) + at;
+    if constexpr (kSource != kFromInput) k.other = static_cast<const T*>(passes.other) + at;
+    if (passes.second_dz) k.dz = static_cast<T*>(passes.second_dz) + at;
     k.dx = static_cast<T*>(a.grad_x) + at;
-    k.streaming = channel.plan.streaming && whole_lines(k.dx, n);
+    k.streaming = channel.plan.streaming && whole_lines(k.dx, n) && whole_lines(k.dz, n);
     over(k, n);
   }
   if (channel.plan.streaming) finish_streaming();
@@ -386,9 +390,9 @@ void backward_planes(const BackwardContext& f, Team team) {
   const BackwardPasses passes = passes_of(a);
   const int64_t channels = a.geometry.channels, blocks = f.plan.blocks;
   const auto reduce = pick_backward<PickPlaneReduce<T>>(a.activation, passes.source);
-  const auto input_gradient = passes.dz ? PickPlaneInputGradient<T>::template get<kPlainIdentity, kFromInput>()
-                                        : pick_backward<PickPlaneInputGradient<T>>(a.activation, passes.source);
-  const void* grad = passes.dz ? passes.dz : a.grad_y;
+  const auto input_gradient = passes.differentiate
+                                  ? pick_backward<PickPlaneInputGradient<T>>(a.activation, passes.source)
+                                  : PickPlaneInputGradient<T>::template get<kPlainIdentity, kFromInput>();
   const auto affine_of = [&](int64_t c) {
     return affine<A>(static_cast<const A*>(a.mean)[c], static_cast<const A*>(a.invstd)[c], a.weight, a.bias,
                      a.param_dtype, c);
@@ -404,7 +408,7 @@ void backward_planes(const BackwardContext& f, Team team) {
         total.sum += s.sum, total.dot += s.dot;
       }
       const Centring<A> centring = finish_gradient<A>(a, c, parameters.scale, total.sum, total.dot);
-      if (passes.second) input_gradient(a, grad, passes.other, channel, {0, f.plan.pieces}, parameters, centring);
+      if (passes.second) input_gradient(a, passes, channel, {0, f.plan.pieces}, parameters, centring);
     }
     return;
   }
@@ -432,7 +436,7 @@ void backward_planes(const BackwardContext& f, Team team) {
   team.barrier();
   for (int64_t t = mine.begin; t < mine.end; ++t) {
     const Channel channel{f.plan, a.geometry, t / blocks};
-    input_gradient(a, grad, passes.other, channel, channel.block(t % blocks), affine_of(channel.c),
+    input_gradient(a, passes, channel, channel.block(t % blocks), affine_of(channel.c),
                    {centrings[2 * channel.c], centrings[2 * channel.c + 1]});
   }
 }

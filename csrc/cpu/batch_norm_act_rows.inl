@@ -118,7 +118,7 @@ struct RowInputGradient {
   static constexpr int lanes = kLanes<T>;
   static constexpr bool together = kShape == kAny;
   const T *g, *x, *other;
-  T* dx;
+  T *dz, *dx;
   int64_t stride;
   bool streaming;
   const wide_t<T>*mean, *scale, *bias, *slope, *offset;
@@ -141,6 +141,7 @@ struct RowInputGradient {
       for (int q = 0; q < kVectors; ++q) {
         const int64_t c = i + q * lanes, at = r * stride + c;
         const V centre = fma(d[q], load<kTail>(slope + c, n), load<kTail>(offset + c, n));
+        if (dz) put<kTail>(dz + at, v[q], n, streaming);
         put<kTail>(dx + at, fma(v[q], load<kTail>(scale + c, n), -centre), n, streaming);
       }
     }
@@ -258,7 +259,7 @@ void row_apply(const BatchNormActForward& a, const Plan& plan, const Tile& tile,
                const wide_t<T>* bias) {
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
   const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0;
-  const int group = row_group<T, kShape>(channels);
+  const int group = streaming ? 1 : row_group<T, kShape>(channels);
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)
     for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
@@ -326,7 +327,7 @@ DLKERN_INLINE void row_reduce_step(const BatchNormActBackward& a, const Backward
   RowReduce<T, kShape, kSource, kRows> k{static_cast<const T*>(a.grad_y) + at,
                                          static_cast<const T*>(a.x) + at,
                                          kSource == kFromInput ? nullptr : static_cast<const T*>(passes.other) + at,
-                                         passes.dz ? static_cast<T*>(passes.dz) + at : nullptr,
+                                         passes.first_dz ? static_cast<T*>(passes.first_dz) + at : nullptr,
                                          passes.first_writes_x ? static_cast<T*>(a.grad_x) + at : nullptr,
                                          a.geometry.channels,
                                          static_cast<const wide_t<T>*>(a.mean) + column,
@@ -373,22 +374,23 @@ void row_reduce(const BatchNormActBackward& a, const BackwardPasses& passes, con
 }
 
 template <class T, int kShape, int kSource, int kRows>
-DLKERN_INLINE void row_input_gradient_step(const BatchNormActBackward& a, const void* grad, const void* other,
-                                           int64_t at, int64_t n, int64_t column, bool streaming,
-                                           const RowParameters<T>& p) {
-  RowInputGradient<T, kShape, kSource, kRows> k{static_cast<const T*>(grad) + at,
-                                                static_cast<const T*>(a.x) + at,
-                                                kSource == kFromInput ? nullptr : static_cast<const T*>(other) + at,
-                                                static_cast<T*>(a.grad_x) + at,
-                                                a.geometry.channels,
-                                                streaming,
-                                                static_cast<const wide_t<T>*>(a.mean) + column,
-                                                p.scale + column,
-                                                p.bias + column,
-                                                p.slope + column,
-                                                p.offset + column,
-                                                a.activation,
-                                                a.param};
+DLKERN_INLINE void row_input_gradient_step(const BatchNormActBackward& a, const BackwardPasses& passes, int64_t at,
+                                           int64_t n, int64_t column, bool streaming, const RowParameters<T>& p) {
+  RowInputGradient<T, kShape, kSource, kRows> k{
+      static_cast<const T*>(passes.grad) + at,
+      static_cast<const T*>(a.x) + at,
+      kSource == kFromInput ? nullptr : static_cast<const T*>(passes.other) + at,
+      passes.second_dz ? static_cast<T*>(passes.second_dz) + at : nullptr,
+      static_cast<T*>(a.grad_x) + at,
+      a.geometry.channels,
+      streaming,
+      static_cast<const wide_t<T>*>(a.mean) + column,
+      p.scale + column,
+      p.bias + column,
+      p.slope + column,
+      p.offset + column,
+      a.activation,
+      a.param};
   if constexpr (kRows == 1)
     over(k, n);
   else
@@ -396,17 +398,18 @@ DLKERN_INLINE void row_input_gradient_step(const BatchNormActBackward& a, const 
 }
 
 template <class T, int kShape, int kSource>
-void row_input_gradient(const BatchNormActBackward& a, const Plan& plan, const void* grad, const void* other,
-                        const Tile& tile, const RowParameters<T>& p) {
+void row_input_gradient(const BatchNormActBackward& a, const BackwardPasses& passes, const Plan& plan, const Tile& tile,
+                        const RowParameters<T>& p) {
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
-  const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.grad_x), channels) && n % 32 == 0;
-  const int group = row_group<T, kShape>(a.geometry.channels);
+  const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.grad_x), channels) && n % 32 == 0 &&
+                         whole_lines(static_cast<T*>(passes.second_dz), channels);
+  const int group = streaming ? 1 : row_group<T, kShape>(channels);
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)
     for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
-      row_input_gradient_step<T, kShape, kSource, 4>(a, grad, other, r * channels + column, n, column, streaming, p);
+      row_input_gradient_step<T, kShape, kSource, 4>(a, passes, r * channels + column, n, column, streaming, p);
   for (; r < tile.rows.end; ++r)
-    row_input_gradient_step<T, kShape, kSource, 1>(a, grad, other, r * channels + column, n, column, streaming, p);
+    row_input_gradient_step<T, kShape, kSource, 1>(a, passes, r * channels + column, n, column, streaming, p);
   if (streaming) finish_streaming();
 }
 
@@ -462,8 +465,8 @@ void backward_rows(const BackwardContext& f, Team team) {
   }
   if (!passes.second) return;
   team.barrier();
-  const auto input_gradient = passes.dz ? PickRowInputGradient<T>::template get<kPlainIdentity, kFromInput>()
-                                        : pick_backward<PickRowInputGradient<T>>(a.activation, passes.source);
-  const void* grad = passes.dz ? passes.dz : a.grad_y;
-  for (int64_t t = mine.end; t-- > mine.begin;) input_gradient(a, f.plan, grad, passes.other, grid.at(t, g, f.plan), p);
+  const auto input_gradient = passes.differentiate
+                                  ? pick_backward<PickRowInputGradient<T>>(a.activation, passes.source)
+                                  : PickRowInputGradient<T>::template get<kPlainIdentity, kFromInput>();
+  for (int64_t t = mine.end; t-- > mine.begin;) input_gradient(a, passes, f.plan, grid.at(t, g, f.plan), p);
 }
