@@ -54,7 +54,12 @@ def test_training_step(
     verified = dlkern.verify(plain, swapped, images)
     assert verified.ok, str(verified)
     kept = {"plain": _kept(plain, images), "swapped": _kept(swapped, images)}
-    steps = {"plain": _train_step(plain, images, labels), "swapped": _train_step(swapped, images, labels)}
+    # a second copy of the plain model shows how far from 1 a ratio of equals is on this machine
+    steps = {
+        "plain": _train_step(plain, images, labels),
+        "plain again": _train_step(copy.deepcopy(plain), images, labels),
+        "swapped": _train_step(swapped, images, labels),
+    }
     comparison = measure.compare(
         steps, device=device, calls=1, min_rounds=20, min_seconds=option("--min-seconds"), max_rounds=200
     )
@@ -66,6 +71,7 @@ def test_training_step(
         comparison,
         {
             "ratio": comparison.ratio("swapped").paired.median,
+            "ratio_of_equals": comparison.ratio("plain again").paired.median,
             "kept_for_backward_mb": {k: round(v / 1e6, 1) for k, v in kept.items()},
             "sites": {"swapped": len(report.swapped), "skipped": len(report.skipped)},
         },

@@ -4,6 +4,10 @@
 // Every pass reads all of the tensor. Threads share a grid of tasks, blocks of rows by tiles of columns, and walk it
 // backwards in the second pass, which so begins with what is still in the cache.
 
+// Where a pass writes through the caches it asks for the lines this many elements ahead: processors do that for what is
+// read. 1 to 8 % less time at 64 and 256 channels.
+constexpr int64_t kRowAhead = 1024;
+
 template <class T>
 struct RowSum {
   static constexpr int lanes = kLanes<T>;
@@ -61,6 +65,7 @@ struct RowApply {
       V z[kVectors];
       for (int q = 0; q < kVectors; ++q) {
         const int64_t c = i + q * lanes, at = r * stride + c;
+        if (!streaming) prefetch<T, true>(y + at + kRowAhead, kSlot + q);
         z[q] =
             fma(load<kTail>(x + at, n) - load<kTail>(mean + c, n), load<kTail>(scale + c, n), load<kTail>(bias + c, n));
         if constexpr (kResidual) z[q] += load<kTail>(residual + at, n);
@@ -132,6 +137,8 @@ struct RowInputGradient {
       V d[kVectors], v[kVectors], from[kVectors];
       for (int q = 0; q < kVectors; ++q) {
         const int64_t c = i + q * lanes, at = r * stride + c;
+        if (!streaming) prefetch<T, true>(dx + at + kRowAhead, kSlot + q);
+        if (!streaming && dz) prefetch<T, true>(dz + at + kRowAhead, kSlot + q);
         d[q] = load<kTail>(x + at, n) - load<kTail>(mean + c, n);
         v[q] = load<kTail>(g + at, n);
         from[q] = derivative_argument<kTail, kShape, kSource>(d[q], load<kTail>(scale + c, n), load<kTail>(bias + c, n),
