@@ -59,9 +59,9 @@ def test_every_site_runs_fused_with_the_same_numbers(x: torch.Tensor, training: 
     report = dlkern.report(model)
     assert [row.path for row in report.swapped] == ["0.1", "1.bn1", "1.bn2", "2.bn1", "2.bn2", "3.1"]
     assert [row.label for row in report.swapped] == [
-        "bn+relu", "bn+relu", "bn+add+relu", "bn+relu", "bn+add+relu", "bn+silu",
+        "conv+bn+relu", "conv+bn+relu", "conv+bn+add+relu", "conv+bn+relu", "conv+bn+add+relu", "conv+bn+silu",
     ]  # fmt: skip
-    assert {row.kind for row in report.swapped} == {"batch_norm_act"}
+    assert {row.kind for row in report.swapped} == {"conv_bn_act"}
     assert {row.backend for row in report.swapped} == {"cpu"}
     assert report.skipped == []
     with dlkern.no_fallback():

@@ -197,10 +197,7 @@ class Aliased(Net):
         (CountsGlobally, "writes attributes of itself"),
         (CountsNested, "writes attributes of itself"),
         (WritesSource, "may write to its input before the activation"),
-        (WritesResidual, "may write to its input before the activation"),
         (WritesOut, "may write to its input before the activation"),
-        (ReadsStatistics, "its statistics are read before the activation"),
-        (ActivatesIntoABuffer, "no activation follows but sigmoid"),
         (PassesAList, "uses what writer may have written into a list or dict"),
         (OverridesCall, "whose class has a __call__ of its own"),
         (Aliased, "registered as conv and as other"),
@@ -218,6 +215,16 @@ def test_left_alone_with_a_reason(h: Tensor, build: Callable[[], nn.Module], rea
     with torch.no_grad():
         same(model, plain, h.clone())
         with torch.autocast("cpu", torch.bfloat16):
+            same(model, plain, h.clone())
+
+
+@pytest.mark.parametrize("build", [WritesResidual, ReadsStatistics, ActivatesIntoABuffer])
+def test_without_the_activation_it_is_conv_and_norm(h: Tensor, build: Callable[[], nn.Module]) -> None:
+    for training in (True, False):
+        model, plain = pair(build().train(training))
+        dlkern.swap(model)
+        assert [(row.path, row.label) for row in dlkern.report(model).swapped] == [("bn", "conv+bn")]
+        with torch.set_grad_enabled(training and build is not ActivatesIntoABuffer):  # out= takes no gradient
             same(model, plain, h.clone())
 
 

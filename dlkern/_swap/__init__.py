@@ -19,7 +19,7 @@ from dlkern.ops import batch_norm_act as op
 
 from . import runtime
 from .batch_norm_act import KIND, is_candidate
-from .classes import generated, is_extended, plan_of
+from .classes import SwappedSite, generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
 from .results import Report, Row
 from .runtime import Calls, no_fallback
@@ -112,9 +112,7 @@ def report(model: nn.Module) -> Report:
         counter = runtime.calls(module)
         made.calls += counter if counter is not None else Calls()
         known = {row.path for row in made.swapped}  # a container's site can run in the owner that inlines it
-        made.swapped += [
-            _row(model, join(path, s.norm), s.label, path) for s in plan[1].sites if join(path, s.norm) not in known
-        ]
+        made.swapped += [_row(model, path, s) for s in plan[1].sites if join(path, s.path) not in known]
     reasons = _reasons.get(model)
     if reasons is None and made.swapped:  # a copy: nothing is traced here, the model may be running
         swapped = {row.path for row in made.swapped}
@@ -136,26 +134,29 @@ def explain(model: nn.Module) -> Report:
     made = Report(planned=True)
     for path, plan in sorted(findings.plans.items(), key=lambda item: item[0].count(".")):
         known = {row.path for row in made.swapped}
-        made.swapped += [
-            _row(model, join(path, s.norm), s.label, path) for s in plan.sites if join(path, s.norm) not in known
-        ]
+        made.swapped += [_row(model, path, s) for s in plan.sites if join(path, s.path) not in known]
     made.skipped = [Row(path, KIND, "", reason) for path, reason in sorted(findings.reasons.items())]
     return made
 
 
-def _row(model: nn.Module, path: str, label: str, owner: str) -> Row:
-    """A swapped site, with the backend that its device and dtype get by default."""
-    norm = dict(model.named_modules()).get(path)
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        return Row(path, KIND, "torch", f"replaced by a {type(norm).__name__} after the swap", owner, label)
-    like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
-    parts = label.split("+")
-    request = Request(like.device.type, like.dtype, like.dtype, False, norm.training, "add" in parts, parts[-1])
+def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
+    """A swapped site, with the backend that its device, dtype and mode get by default."""
+    path = join(owner, site.path)
+    module = dict(model.named_modules()).get(path)
+    parts = site.label.split("+")
+    if isinstance(module, nn.Conv2d):  # without a norm
+        fused = module.weight.device.type == "cpu" and not module.training
+        return Row(path, site.kind, "cpu" if fused else "torch", "fused in inference on the CPU", owner, site.label)
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return Row(path, site.kind, "torch", f"replaced by a {type(module).__name__} after the swap", owner, site.label)
+    like = next((t for t in (module.weight, module.running_mean) if t is not None), torch.empty(0))
+    activation = "identity" if parts[-1] == "bn" else parts[-1]
+    request = Request(like.device.type, like.dtype, like.dtype, False, module.training, "add" in parts, activation)
     try:
         choice = dispatch.choose(op.NAME, request)
     except RuntimeError as error:  # a forced backend that cannot run it
-        return Row(path, KIND, "", str(error), owner, label)
-    return Row(path, KIND, choice.backend, choice.reason, owner, label)
+        return Row(path, site.kind, "", str(error), owner, site.label)
+    return Row(path, site.kind, choice.backend, choice.reason, owner, site.label)
 
 
 def _check(model: nn.Module) -> None:

@@ -94,15 +94,22 @@ _MODULE_PARAMETERS = {nn.LeakyReLU: "negative_slope", nn.ELU: "alpha", nn.GELU: 
 class Site:
     """One rewrite: the nodes it replaces and what the guards must hold."""
 
-    norm: str
+    path: str  # of the norm, or of the convolution where there is none
     label: str
     span: list[fx.Node]  # norm, skipped identities, addition, activation, in execution order
-    source: fx.Node  # the norm's input
+    source: fx.Node  # the norm's input, or the activation's
     residual: fx.Node | None
     activation: Activation
     bypassed: list[str]  # modules whose own call no longer happens
     attributes: list[tuple[str, str, Any]]  # (module, attribute, value) that the activation rests on
     kind: str = KIND
+    norm: str | None = None
+    conv: fx.Node | None = None  # the call of a convolution that the site can take too (see conv_bn_act.py)
+
+    @property
+    def is_norm_and_activation(self) -> bool:
+        """Whether the site is one without its convolution, too."""
+        return self.norm is not None and self.label != "conv+bn"
 
 
 class NotASite(Exception):
@@ -119,17 +126,14 @@ _FRESH_MODULES = (
 _FRESH_FUNCTIONS = {operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.cat, torch.matmul}
 
 
-def match(trace: Trace, prefix: str = "", proven: frozenset[str] = frozenset()) -> tuple[list[Site], dict[str, str]]:
-    """Every site in a trace's graph, and the reason for each norm that is none.
+class Matcher:
+    """Finds the sites in a trace's graph.
 
     Paths are relative to the traced module; ``prefix``, its own path, serves the reasons' wording.
-    ``proven`` are norms whose sites a trace through all modules has already shown to be safe from
-    writes in place, which this trace, with its children closed, might not be able to show.
+    ``proven`` are sites that a trace through all modules has already shown to be safe from writes in
+    place, which this trace, with its children closed, might not be able to show.
     """
-    return _Matcher(trace, prefix, proven).run()
 
-
-class _Matcher:
     def __init__(self, trace: Trace, prefix: str, proven: frozenset[str]) -> None:
         self.trace = trace
         self.prefix = prefix
@@ -138,9 +142,10 @@ class _Matcher:
         self.order = {node: i for i, node in enumerate(trace.graph.nodes)}
 
     def run(self) -> tuple[list[Site], dict[str, str]]:
+        """Every site, in execution order, and the reason for each norm that is none."""
         calls: dict[str, list[fx.Node]] = {}
         for node in self.order:
-            if node.op == "call_module" and is_norm(self._module(node)):
+            if node.op == "call_module" and is_norm(self.module(node)):
                 calls.setdefault(str(node.target), []).append(node)
         found: dict[fx.Node, Site] = {}
         reasons: dict[str, str] = {}
@@ -156,14 +161,14 @@ class _Matcher:
             if other is not None:
                 # Two norms can end in one addition; the other's output is then the residual.
                 site, loser = sorted((site, other), key=self._preference)
-                reasons[loser.norm] = f"its output is the residual of {self._at(site.norm)}"
+                reasons[loser.path] = f"its output is the residual of {self.at(site.path)}"
             found[site.span[-1]] = site
         return sorted(found.values(), key=lambda s: self.order[s.span[0]]), reasons
 
-    def _at(self, path: Any) -> str:
+    def at(self, path: Any) -> str:
         return f"{self.prefix}.{path}" if self.prefix else str(path)
 
-    def _module(self, node: fx.Node) -> Any:
+    def module(self, node: fx.Node) -> Any:
         return self.modules[str(node.target)]
 
     def _preference(self, site: Site) -> tuple[int, int]:
@@ -172,7 +177,7 @@ class _Matcher:
         return len(node.meta["stack"]), -self.order[node]
 
     def _site(self, norm_node: fx.Node) -> Site:
-        path, norm = str(norm_node.target), self._module(norm_node)
+        path, norm = str(norm_node.target), self.module(norm_node)
         if has_hooks(norm):
             raise NotASite("has hooks")
         if len(norm_node.args) != 1 or norm_node.kwargs or not isinstance(norm_node.args[0], fx.Node):
@@ -182,34 +187,35 @@ class _Matcher:
             own = timm_activation(norm)
             bypassed += [f"{path}.drop", f"{path}.act"]
             if own.name != "identity":
-                attributes = _attributes(f"{path}.act", norm.act)
-                return Site(path, f"bn+{own.name}", [norm_node], source, None, own, bypassed, attributes)
+                attributes = attributes_of(f"{path}.act", norm.act)
+                return Site(path, f"bn+{own.name}", [norm_node], source, None, own, bypassed, attributes, norm=path)
         span, residual, label = [norm_node], None, "bn"
-        node = self._next(norm_node, span, bypassed)
+        node = self.next(norm_node, span, bypassed)
         if _is_addition(node):
             residual, label = self._residual(path, span[-1], node), "bn+add"
             span.append(node)
-            node = self._next(node, span, bypassed)
-        activation = self._activation(node)
+            node = self.next(node, span, bypassed)
+        activation = self.activation(node)
         if activation is None:
-            raise NotASite(f"no activation follows but {self._describe(node)}")
+            raise NotASite(f"no activation follows but {self.describe(node)}")
         span.append(node)
         attributes = []
         if node.op == "call_module":
-            if has_hooks(self._module(node)):
-                raise NotASite(f"its activation {self._at(node.target)} has hooks")
+            if has_hooks(self.module(node)):
+                raise NotASite(f"its activation {self.at(node.target)} has hooks")
             bypassed.append(str(node.target))
-            attributes = _attributes(str(node.target), self._module(node))
+            attributes = attributes_of(str(node.target), self.module(node))
         if path not in self.proven:
-            self._refuse_mutations(source, residual, span)
+            self.refuse_mutations(source, residual, span)
             if residual is not None and activation.name not in _KEPT_BY_PYTORCH:
                 self._refuse_later_mutations(span)
-        return Site(path, f"{label}+{activation.name}", span, source, residual, activation, bypassed, attributes)
+        label = f"{label}+{activation.name}"
+        return Site(path, label, span, source, residual, activation, bypassed, attributes, norm=path)
 
-    def _activation(self, node: fx.Node) -> Activation | None:
+    def activation(self, node: fx.Node) -> Activation | None:
         """The activation that a node computes of its one tensor argument, if it is one that kernels fuse."""
         if node.op == "call_module":
-            module = self._module(node)
+            module = self.module(node)
             return None if isinstance(module, nn.Identity) else activations.from_module(module)
         if node.op == "call_method":
             return _METHODS.get(str(node.target)) if len(node.args) == 1 and not node.kwargs else None
@@ -221,11 +227,9 @@ class _Matcher:
         return None
 
     def _is_identity(self, node: fx.Node) -> bool:
-        return (
-            node.op == "call_module" and type(self._module(node)) is nn.Identity and not has_hooks(self._module(node))
-        )
+        return node.op == "call_module" and type(self.module(node)) is nn.Identity and not has_hooks(self.module(node))
 
-    def _next(self, node: fx.Node, span: list[fx.Node], bypassed: list[str]) -> fx.Node:
+    def next(self, node: fx.Node, span: list[fx.Node], bypassed: list[str]) -> fx.Node:
         """The one user of a node, past hook-free identities."""
         while True:
             users = list(node.users)
@@ -257,9 +261,9 @@ class _Matcher:
             node = node.args[0]
         return len(node.users) == 1 and self._is_fresh(node)
 
-    def _describe(self, node: fx.Node) -> str:
+    def describe(self, node: fx.Node) -> str:
         if node.op == "call_module":
-            return f"{type(self._module(node)).__name__} {self._at(node.target)}"
+            return f"{type(self.module(node)).__name__} {self.at(node.target)}"
         if node.op == "output":
             return "the end of the forward"
         return getattr(node.target, "__name__", str(node.target))
@@ -270,7 +274,7 @@ class _Matcher:
             node = node.args[0]
         return node
 
-    def _refuse_mutations(self, source: fx.Node, residual: fx.Node | None, span: list[fx.Node]) -> None:
+    def refuse_mutations(self, source: fx.Node, residual: fx.Node | None, span: list[fx.Node]) -> None:
         """A fused op reads the norm's input where the activation stood: nothing may write to it in between."""
         for node, position in self.order.items():
             if not self.order[span[0]] < position < self.order[span[-1]] or node in span:
@@ -281,20 +285,20 @@ class _Matcher:
             if self._writes(node):
                 target = node.args[0] if node.args and "out" not in node.kwargs else None
                 if not self._is_fresh(target) or self._origin(target) in kept:
-                    raise NotASite(f"{self._describe(node)} may write to its input before the activation")
+                    raise NotASite(f"{self.describe(node)} may write to its input before the activation")
             if node.meta.get("untraced") and any(self._origin(n) in kept for n in node.all_input_nodes):
-                raise NotASite(f"{self._at(node.target)} takes its input before the activation and could not be traced")
+                raise NotASite(f"{self.at(node.target)} takes its input before the activation and could not be traced")
 
     def _refuse_later_mutations(self, span: list[fx.Node]) -> None:
         """Backward keeps the output or the residual, which PyTorch's own does not: nobody may write to them."""
         for node, position in self.order.items():
             if position > self.order[span[-1]] and self._writes(node) and not self._is_fresh(node.args[0]):
-                raise NotASite(f"{self._describe(node)} may write to what its backward keeps")
+                raise NotASite(f"{self.describe(node)} may write to what its backward keeps")
 
     def _writes(self, node: fx.Node) -> bool:
         """Whether a node writes into a tensor that it takes: its first argument, or out=."""
         if node.op == "call_module":
-            return bool(getattr(self._module(node), "inplace", False))
+            return bool(getattr(self.module(node), "inplace", False))
         if node.kwargs.get("inplace") is True or "out" in node.kwargs:
             return True
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -307,7 +311,7 @@ class _Matcher:
         if not isinstance(node, fx.Node):
             return False
         if node.op == "call_module":
-            return isinstance(self._module(node), _FRESH_MODULES)
+            return isinstance(self.module(node), _FRESH_MODULES)
         return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
 
 
@@ -332,7 +336,7 @@ def timm_activation(norm: Any) -> Activation:
     return own
 
 
-def _attributes(path: str, module: Any) -> list[tuple[str, str, Any]]:
+def attributes_of(path: str, module: Any) -> list[tuple[str, str, Any]]:
     name = _MODULE_PARAMETERS.get(type(module))
     return [] if name is None else [(path, name, getattr(module, name))]
 
@@ -345,8 +349,9 @@ def leaf_trace(norm: nn.Module) -> tuple[Trace, list[Site]]:
     call = graph.create_node("call_module", "", (x,))  # the module itself
     graph.output(call)
     trace = Trace(graph, norm, arguments={x: "x"}, parameters={"x": TENSOR})
-    attributes = _attributes("act", norm.act)
-    return trace, [Site("", f"bn+{activation.name}", [call], x, None, activation, ["drop", "act"], attributes)]
+    attributes = attributes_of("act", norm.act)
+    bypassed = ["drop", "act"]
+    return trace, [Site("", f"bn+{activation.name}", [call], x, None, activation, bypassed, attributes, norm="")]
 
 
 # --------------------------------------------------------------------------------------- runtime

@@ -14,9 +14,9 @@ _ATTRIBUTE = "_dlkern_plan"
 
 
 class SwappedSite(NamedTuple):
-    """What a generated class says of one of its sites; ``norm`` is relative to the owner."""
+    """What a generated class says of one of its sites; ``path`` is relative to the owner."""
 
-    norm: str
+    path: str
     kind: str
     label: str
 

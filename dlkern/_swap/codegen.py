@@ -24,7 +24,7 @@ from dlkern import activations
 from dlkern.kernels.activation import Activation
 
 from . import batch_norm_act as rule
-from . import runtime
+from . import conv_bn_act, runtime
 from .batch_norm_act import Site
 from .trace import TENSOR, UNKNOWN, VALUE, Kind, Trace, is_plain
 from .witness import Refused, plain_globals
@@ -256,6 +256,7 @@ class _Body:
         """Statements in execution order; each site stands where its activation stood."""
         ends = {site.span[-1]: site for site in self.sites}
         inside = {node for site in self.sites for node in site.span}
+        convs = {site.conv: site for site in self.sites if site.conv is not None}
         statements: list[tuple[fx.Node, list[str], list[fx.Node]]] = []
         for node in self.trace.graph.nodes:
             if node.op == "placeholder":
@@ -266,7 +267,11 @@ class _Body:
             elif node in ends:
                 site = ends[node]
                 used = [site.source] if site.residual is None else [site.source, site.residual]
+                if site.conv is not None:
+                    used += site.conv.all_input_nodes
                 statements.append((node, self._site(site), used))
+            elif node in convs:
+                statements.append((node, [self._convolution(convs[node])], node.all_input_nodes))
             elif node not in inside and not _is_dead(node):
                 statements.append((node, [self._assign(node)], node.all_input_nodes))
         last_use = {used: i for i, (_, _, inputs) in enumerate(statements) for used in inputs}
@@ -341,22 +346,47 @@ class _Body:
             return self.names.imported(a)
         return self.names.literal(a)
 
+    def _convolution(self, site: Site) -> str:
+        """The convolution's output, or None where the site is going to take the convolution, too."""
+        assert site.conv is not None
+        conv, x = self._module(str(site.conv.target)), self._argument(site.conv.args[0])
+        norm = "None" if site.norm is None else self.local(site.norm)
+        takes = f"{self.names.imported(conv_bn_act.takes)}({conv}, {norm}, {x}, {self._activation(site)}, "
+        takes += f"{site.residual is not None})"
+        return f"{self._value(site.conv)} = None if {takes} else {self._expression(site.conv)}"
+
+    def _activation(self, site: Site) -> str:
+        return self.names.literal(site.activation)
+
     def _site(self, site: Site) -> list[str]:
-        norm = self.local(site.norm)
         source = self._value(site.source)
         residual = "None" if site.residual is None else self._value(site.residual)
         result = self._value(site.span[-1])
         stock = [self._assign(node) for node in site.span]
         if len(site.span) > 1:
             stock.append("del " + ", ".join(self._value(n) for n in site.span[:-1]))
+        lines: list[str] = []
+        word = "if"
+        count = ["    if _c is not None:", "        _c.fused += 1"]
+        norm = "None" if site.norm is None else self.local(site.norm)
+        if site.conv is not None:
+            conv, x = self._module(str(site.conv.target)), self._argument(site.conv.args[0])
+            fused = self.names.imported(conv_bn_act.fused)
+            lines += [
+                f"if {source} is None:",
+                f"    {result} = {fused}({conv}, {norm}, {x}, {residual}, {self._activation(site)})",
+                *count,
+            ]
+            word = "elif"
+        if site.norm is None:  # PyTorch's own convolution and activation: nothing to count
+            return [*lines, "else:", *(f"    {line}" for line in stock)]
         why = f"{site.norm} cannot take this input"
         missed = self.names.imported(runtime.missed)
         return [
-            f"if {self.names.imported(rule.fits)}({norm}, {source}, {residual}):",
-            f"    {result} = {self.names.imported(rule.fused)}({norm}, {source}, {residual}, "
-            f"{self.names.literal(site.activation)})",
-            "    if _c is not None:",
-            "        _c.fused += 1",
+            *lines,
+            f"{word} {self.names.imported(rule.fits)}({norm}, {source}, {residual}):",
+            f"    {result} = {self.names.imported(rule.fused)}({norm}, {source}, {residual}, {self._activation(site)})",
+            *count,
             "else:",
             f"    {missed}(self, _c, 1, lambda: {why!r})",
             *(f"    {line}" for line in stock),

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from . import batch_norm_act as rule
+from . import conv_bn_act
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
 from .codegen import forward_source
@@ -28,7 +29,18 @@ class Owner:
     calls: dict[bool, Call | None] = field(default_factory=dict)
     inline: dict[bool, set[str]] = field(default_factory=dict)  # relative to the owner
     inner: dict[bool, dict[str, Call]] = field(default_factory=dict)  # calls of modules in it, likewise
-    norms: dict[bool, set[str]] = field(default_factory=dict)  # likewise
+    sites: dict[bool, set[str]] = field(default_factory=dict)  # likewise
+    convs: dict[bool, set[str]] = field(default_factory=dict)  # those of them that have a convolution
+    conv_only: dict[bool, set[str]] = field(default_factory=dict)  # those without norm or without activation
+
+
+@dataclass
+class Accepted:
+    """The sites of all owners, by mode; paths are relative to the model. See conv_bn_act.match for the kinds."""
+
+    sites: dict[bool, set[str]] = field(default_factory=lambda: {True: set(), False: set()})
+    convs: dict[bool, set[str]] = field(default_factory=lambda: {True: set(), False: set()})
+    conv_only: dict[bool, set[str]] = field(default_factory=lambda: {True: set(), False: set()})
 
 
 @dataclass
@@ -46,10 +58,15 @@ def find(model: nn.Module, filter_fn: Filter | None) -> Findings:
     for training in (True, False):
         with mode(model, training):
             _search(model, "", training, filter_fn, owners, findings)
-    accepted = {join(o.path, norm) for o in owners.values() for norms in o.norms.values() for norm in norms}
+    accepted = Accepted()
+    for owner in owners.values():
+        for training in owner.sites:
+            for kept, found in ((accepted.sites, owner.sites), (accepted.convs, owner.convs),
+                                (accepted.conv_only, owner.conv_only)):  # fmt: skip
+                kept[training] |= {join(owner.path, site) for site in found.get(training, ())}
     for owner in owners.values():
         _plan(owner, accepted, findings)
-    swapped = {join(path, site.norm) for path, plan in findings.plans.items() for site in plan.sites}
+    swapped = {join(path, site.path) for path, plan in findings.plans.items() for site in plan.sites}
     for path, module in model.named_modules():
         if rule.is_candidate(module) and path not in swapped:
             findings.reasons.setdefault(path, _general_reason(module))
@@ -118,21 +135,22 @@ def _note(module: nn.Module, prefix: str, reason: str, findings: Findings) -> No
 def _collect(
     trace: Trace, prefix: str, training: bool, filter_fn: Filter | None, owners: dict[str, Owner], findings: Findings
 ) -> None:
-    sites, reasons = rule.match(trace, prefix)
+    sites, reasons = conv_bn_act.match(trace, prefix)
     modules = dict(trace.root.named_modules())
     findings.reasons.update({join(prefix, path): reason for path, reason in reasons.items()})
     for site in sites:
-        path = join(prefix, site.norm)
-        if filter_fn is not None and not filter_fn(modules[site.norm], path):
+        path = join(prefix, site.path)
+        if filter_fn is not None and not filter_fn(modules[site.path], path):
             findings.reasons[path] = "left out by filter_fn"
             continue
-        if rule.is_timm_norm(modules[site.norm]) and len(site.span) == 1:
-            _add_leaf(modules[site.norm], path, training, owners)
+        if site.conv is None and rule.is_timm_norm(modules[site.path]) and len(site.span) == 1:
+            _add_leaf(modules[site.path], path, training, owners)
             continue
-        stacks = [node.meta["stack"] for node in site.span]
+        whole = site.span if site.is_norm_and_activation else [site.source, *site.span]
+        stacks = [node.meta["stack"] for node in whole]
         common = [level[0] for level in itertools.takewhile(lambda s: len(set(s)) == 1, zip(*stacks, strict=False))]
         owner_path = common[-1]
-        inside = [site.norm, *(entry for stack in stacks for entry in stack[len(common) :])]
+        inside = [site.path, *(entry for stack in stacks for entry in stack[len(common) :])]
         if not all(_is_inside(entry, owner_path) for entry in inside):
             findings.reasons[path] = "is registered outside of the module that calls it, too"
             continue
@@ -142,31 +160,36 @@ def _collect(
         owner.inline.setdefault(training, set()).update(_relative(entry, owner_path) for entry in inner)
         start = f"{owner_path}." if owner_path else ""
         owner.inner[training] = {_relative(p, owner_path): c for p, c in trace.calls.items() if p.startswith(start)}
-        owner.norms.setdefault(training, set()).add(_relative(site.norm, owner_path))
+        relative = _relative(site.path, owner_path)
+        owner.sites.setdefault(training, set()).add(relative)
+        if site.conv is not None:
+            owner.convs.setdefault(training, set()).add(relative)
+        if not site.is_norm_and_activation:
+            owner.conv_only.setdefault(training, set()).add(relative)
 
 
 def _add_leaf(norm: nn.Module, path: str, training: bool, owners: dict[str, Owner]) -> None:
     owner = owners.setdefault(path, Owner(path, norm))
-    owner.norms.setdefault(training, set()).add("")
+    owner.sites.setdefault(training, set()).add("")
 
 
-def _plan(owner: Owner, accepted: set[str], findings: Findings) -> None:
+def _plan(owner: Owner, accepted: Accepted, findings: Findings) -> None:
     """Trace the owner locally in each mode in which it was reached, and write its forward."""
-    expected = set().union(*owner.norms.values())
+    expected = set().union(*owner.sites.values())
     try:
         if "forward" in owner.module.__dict__:
             raise Refused("its forward is an instance attribute")
         _check_class(type(owner.module))
         modes: dict[bool, tuple[Trace, list[Site]]] = {}
-        for training, norms in owner.norms.items():
+        for training, paths in owner.sites.items():
             with mode(owner.module, training):
-                modes[training] = _local(owner, training, norms, accepted)
+                modes[training] = _local(owner, training, paths, accepted)
         source = forward_source(type(owner.module), modes)
     except Refused as refusal:
         reason = f"{owner.path or 'the model'}: {refusal}"
-        findings.reasons.update({join(owner.path, norm): reason for norm in expected})
+        findings.reasons.update({join(owner.path, path): reason for path in expected})
         return
-    sites = {s.norm: SwappedSite(s.norm, s.kind, s.label) for _, found in modes.values() for s in found}
+    sites = {s.path: SwappedSite(s.path, s.kind, s.label) for _, found in modes.values() for s in found}
     findings.plans[owner.path] = Plan(source, tuple(sites.values()))
 
 
@@ -177,17 +200,24 @@ def _check_class(cls: type) -> None:
             raise Refused(f"its class has a {name} of its own")
 
 
-def _local(owner: Owner, training: bool, norms: set[str], accepted: set[str]) -> tuple[Trace, list[Site]]:
-    if norms == {""}:
+def _local(owner: Owner, training: bool, paths: set[str], accepted: Accepted) -> tuple[Trace, list[Site]]:
+    if paths == {""}:
         return rule.leaf_trace(owner.module)
     call = owner.calls[training]
     kinds = None if call is None or UNKNOWN in call.arguments.values() else call.arguments
     trace = Tracer(rule.is_leaf, owner.inline[training], owner.inner[training], kinds).run(owner.module)
-    sites, reasons = rule.match(trace, owner.path, frozenset(norms))
     # An inlined container may own sites too: they run here now. Those left out by filter_fn do not.
-    sites = [site for site in sites if join(owner.path, site.norm) in accepted]
-    lost = norms - {site.norm for site in sites}
+    convs, conv_only = (
+        frozenset(_relative(p, owner.path) for p in found[training] if _is_inside(p, owner.path))
+        for found in (accepted.convs, accepted.conv_only)
+    )
+    sites, reasons = conv_bn_act.match(trace, owner.path, frozenset(paths) - conv_only, convs, conv_only)
+    everywhere = accepted.sites[True] | accepted.sites[False]
+    sites = [site for site in sites if join(owner.path, site.path) in everywhere]
+    lost = paths - conv_only - {site.path for site in sites}
     if lost:
-        norm = min(lost)
-        raise Refused(f"{norm} is not found again in its own forward ({reasons.get(norm, 'not called')})")
+        path = min(lost)
+        raise Refused(f"{path} is not found again in its own forward ({reasons.get(path, 'not called')})")
+    if not sites:
+        raise Refused("none of its sites is found again in its own forward")
     return trace, sites

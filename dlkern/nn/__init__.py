@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .conv_bn_act import ConvBNAct2d
 
-__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
+__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "ConvBNAct2d"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,11 +11,27 @@ from dlkern import activations, functional
 from dlkern.kernels.activation import Activation
 
 
-def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor | None = None) -> Tensor:
-    """What ``activation(norm(x) + residual)`` computes, by the fused op.
+class State(NamedTuple):
+    """What a call of a BatchNorm works with, read from the module when the call begins."""
 
-    Everything is read from ``norm`` at the call: its mode, parameters, running statistics, momentum
-    and eps; ``num_batches_tracked`` counts as in torch.nn.BatchNorm2d, but not a call that is refused.
+    training: bool
+    momentum: float
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    tracked: Tensor | None
+
+    def refused(self) -> None:
+        """The call did not run: it does not count."""
+        if self.tracked is not None:
+            self.tracked.sub_(1)
+
+
+def begin(norm: _BatchNorm) -> State:
+    """Read a BatchNorm for one call: its mode, parameters, running statistics and momentum.
+
+    ``num_batches_tracked`` counts as in torch.nn.BatchNorm2d; ``State.refused`` takes it back.
     """
     training, momentum, tracked = norm.training, norm.momentum, None
     parameters, buffers = norm._parameters, norm._buffers
@@ -30,26 +46,31 @@ def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor 
         momentum = 0.0 if tracked is None else 1.0 / (float(tracked) + 1.0)
     if tracked is not None:
         tracked.add_(1)  # before the op, as in torch.nn: recomputation under a checkpoint stops inside the op
+    return State(training, momentum, running_mean, running_var, weight, bias, tracked)
+
+
+def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor | None = None) -> Tensor:
+    """What ``activation(norm(x) + residual)`` computes, by the fused op."""
+    state = begin(norm)
     try:
         return functional.batch_norm_act(
             x,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training=training,
-            momentum=momentum,
+            state.running_mean,
+            state.running_var,
+            state.weight,
+            state.bias,
+            training=state.training,
+            momentum=state.momentum,
             eps=norm.eps,
             activation=activation,
             residual=residual,
         )
     except (TypeError, ValueError, RuntimeError):  # refused: nothing ran
-        if tracked is not None:
-            tracked.sub_(1)
+        state.refused()
         raise
 
 
-def own(norm: _BatchNorm, table: dict[str, Any], name: str) -> Any:
+def own(norm: nn.Module, table: dict[str, Any], name: str) -> Any:
     """A tensor of the module's, without nn.Module's attribute access, which would cost as much as all the rest.
 
     A name that a parametrization took out of the table is read as an attribute.

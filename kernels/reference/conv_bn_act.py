@@ -10,6 +10,7 @@ Without a batch norm (``norm`` "none") the op is act(conv2d(x, weight) + bias + 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -48,21 +49,31 @@ class Request(NamedTuple):
     """What an implementation is asked to do; ``supports`` answers to it.
 
     ``device`` is a torch device type; ``param_dtype`` is that of the batch norm's parameters (x's dtype without
-    one); ``saves`` tells whether backward will be called.
+    one); ``pixels`` is N * OH * OW rounded up to a power of two, or 0 where it is not known (torch.compile);
+    ``saves`` tells whether backward will be called.
     """
 
     device: str
     dtype: torch.dtype
     param_dtype: torch.dtype
     channels_last: bool
-    convolution: Convolution
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
     kernel: tuple[int, int]
     in_channels: int
     out_channels: int
+    pixels: int
     norm: str
     saves: bool
     residual: bool
     activation: str
+
+    @property
+    def convolution(self) -> Convolution:
+        """The geometry."""
+        return Convolution(self.stride, self.padding, self.dilation, self.groups)
 
 
 class Needs(NamedTuple):
@@ -103,24 +114,10 @@ def forward(
     c, the convolution's output with its bias, is what backward needs: None where ``saves`` is False. mean
     and invstd are None without a batch norm. Running statistics move with ``norm`` "batch".
     """
-    c = F.conv2d(x, weight, bias, *convolution)
-    kept = c if saves else None
-    if norm == "none":
-        z = c if residual is None else c + residual
-        return act.forward(z.to(accumulate_dtype(z.dtype)), activation).to(z.dtype), kept, None, None
-    y, mean, invstd = batch_norm_act.forward(
-        c,
-        bn_weight,
-        bn_bias,
-        residual,
-        running_mean,
-        running_var,
-        batch_stats=norm == "batch",
-        momentum=momentum,
-        eps=eps,
-        activation=activation,
-    )
-    return y, kept, mean, invstd
+    return compose_forward(
+        batch_norm_act, x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var,
+        convolution, norm, momentum, eps, activation, saves,
+    )  # fmt: skip
 
 
 def backward(
@@ -145,10 +142,74 @@ def backward(
 
     y is given in place of residual where ``gradient_from_output(activation)`` holds, as in batch_norm_act.
     """
+    return compose_backward(
+        batch_norm_act, grad_y, x, weight, bias, bn_weight, bn_bias, residual, y, c, mean, invstd,
+        convolution, norm, activation, needs,
+    )  # fmt: skip
+
+
+# ------------------------------------------------- PyTorch's convolution and an implementation of batch_norm_act
+def compose_forward(
+    normalise: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    convolution: Convolution,
+    norm: str,
+    momentum: float,
+    eps: float,
+    activation: Activation,
+    saves: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``forward`` of PyTorch's convolution with ``normalise``, an implementation of batch_norm_act, behind it."""
+    c = F.conv2d(x, weight, bias, *convolution)
+    kept = c if saves else None
+    if norm == "none":
+        z = c if residual is None else c + residual
+        return act.forward(z.to(accumulate_dtype(z.dtype)), activation).to(z.dtype), kept, None, None
+    y, mean, invstd = normalise.forward(
+        c,
+        bn_weight,
+        bn_bias,
+        residual,
+        running_mean,
+        running_var,
+        batch_stats=norm == "batch",
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+    )
+    return y, kept, mean, invstd
+
+
+def compose_backward(
+    normalise: ModuleType,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    c: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    convolution: Convolution,
+    norm: str,
+    activation: Activation,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``backward`` of the same."""
     if mean is None or invstd is None:
         mean = c.new_zeros(c.size(1), dtype=accumulate_dtype(c.dtype))
         invstd = torch.ones_like(mean)
-    dc, dbn_weight, dbn_bias, dresidual = batch_norm_act.backward(
+    dc, dbn_weight, dbn_bias, dresidual = normalise.backward(
         grad_y,
         c,
         bn_weight,

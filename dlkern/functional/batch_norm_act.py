@@ -1,18 +1,14 @@
-"""Functions: they check their arguments, say clearly what is wrong, and hand on to :mod:`dlkern.ops`."""
+"""``batch_norm_act``: checks of its arguments."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dlkern import activations
 from dlkern.kernels.activation import Activation
 from dlkern.ops import batch_norm_act as _batch_norm_act
 
-__all__ = ["batch_norm_act"]
-
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-HALF_DTYPES = (torch.float16, torch.bfloat16)
+from .dtypes import DTYPES, check_parameter_dtype
 
 
 def batch_norm_act(
@@ -100,9 +96,8 @@ def _check_batch_norm_act(
                 other = f"{param_dtype} like the other parameters"
                 raise TypeError(f"{_PARAMETERS[i]}: expected {other}, got {value.dtype}")
             param_dtype = value.dtype
-            if param_dtype != dtype and not (param_dtype == torch.float32 and dtype in HALF_DTYPES):
-                allowed = f"{dtype} or torch.float32" if dtype in HALF_DTYPES else f"{dtype}"
-                raise TypeError(f"{_PARAMETERS[i]}: expected {allowed} with an input of {dtype}, got {param_dtype}")
+            if param_dtype is not dtype:
+                check_parameter_dtype(_PARAMETERS[i], param_dtype, dtype)
     if residual is not None:
         if residual.shape != shape:
             raise ValueError(f"residual: expected shape {tuple(shape)} like x, got {tuple(residual.shape)}")

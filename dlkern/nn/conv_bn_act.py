@@ -1,0 +1,154 @@
+"""Convolution, BatchNorm and activation in one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from dlkern import activations, functional
+from dlkern.kernels.activation import Activation
+
+from . import batch_norm_act
+from .batch_norm_act import own
+
+
+def apply(
+    conv: nn.Conv2d,
+    norm: nn.modules.batchnorm._BatchNorm | None,
+    x: Tensor,
+    activation: Activation,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What ``activation(norm(conv(x)) + residual)`` computes, by the fused op; ``norm`` None stands for none.
+
+    Everything is read from the modules at the call.
+    """
+    geometry: dict[str, Any] = {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "padding_mode": conv.padding_mode,
+        "activation": activation,
+        "residual": residual,
+    }
+    weight, bias = own(conv, conv._parameters, "weight"), own(conv, conv._parameters, "bias")
+    if norm is None:
+        return functional.conv_act(x, weight, bias, **geometry)
+    state = batch_norm_act.begin(norm)
+    try:
+        return functional.conv_bn_act(
+            x,
+            weight,
+            bias,
+            state.running_mean,
+            state.running_var,
+            state.weight,
+            state.bias,
+            training=state.training,
+            momentum=state.momentum,
+            eps=norm.eps,
+            **geometry,
+        )
+    except (TypeError, ValueError, RuntimeError):  # refused: nothing ran
+        state.refused()
+        raise
+
+
+class ConvBNAct2d(nn.Module):
+    """``activation(bn(conv(x)) + residual)`` as one fused op.
+
+    Arguments are those of torchvision.ops.Conv2dNormActivation; the children are ``conv``, a
+    torch.nn.Conv2d, and ``bn``, a torch.nn.BatchNorm2d or None. x is (N, C, H, W) or (C, H, W) of the
+    parameters' dtype; ``forward(x, residual=None)`` adds ``residual``, a tensor like the output,
+    before the activation. In inference without gradients the batch norm is folded into the
+    convolution where that is faster.
+
+    Args:
+        padding: None for half of the kernel's reach, so that stride 1 keeps the size of odd kernels.
+        norm_layer: torch.nn.BatchNorm2d, a subclass or function that makes one, or None.
+        activation_layer: what makes the activation (torch.nn.ReLU), its name ("relu"), or None.
+        inplace: taken for torchvision's sake; nothing is written in place.
+        bias: None for a bias where there is no norm.
+
+    Raises:
+        ValueError: an unknown activation, or an input that does not fit.
+        TypeError: a norm_layer that makes something other than a BatchNorm2d.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        groups: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        activation_layer: Callable[..., nn.Module] | str | None = nn.ReLU,
+        dilation: int | tuple[int, int] = 1,
+        inplace: bool | None = True,
+        bias: bool | None = None,
+        *,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        del inplace
+        if padding is None:
+            kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+            spread = (dilation, dilation) if isinstance(dilation, int) else dilation
+            padding = ((kernel[0] - 1) // 2 * spread[0], (kernel[1] - 1) // 2 * spread[1])
+        conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            norm_layer is None if bias is None else bias,
+            padding_mode,  # type: ignore[arg-type]  # torch checks it
+            device=device,
+            dtype=dtype,
+        )
+        norm = None if norm_layer is None else norm_layer(out_channels)
+        activation = activation_layer
+        if activation_layer is not None and not isinstance(activation_layer, str):
+            activation = activation_layer()
+        self._take(conv, norm, "identity" if activation is None else activation)
+        if norm is not None and (device is not None or dtype is not None):
+            norm.to(device=device, dtype=dtype)
+
+    @classmethod
+    def from_modules(
+        cls, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, activation: str | nn.Module = "identity"
+    ) -> ConvBNAct2d:
+        """The layer made of these very modules (their parameters are shared, not copied), in conv's mode."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._take(conv, bn, activation)
+        made.training = conv.training
+        return made
+
+    def _take(self, conv: nn.Conv2d, norm: Any, activation: Any) -> None:
+        if type(conv).forward is not nn.Conv2d.forward:
+            raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__name__}")
+        if norm is not None and not (
+            isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.modules.batchnorm._BatchNorm.forward
+        ):
+            raise TypeError(f"bn: expected a torch.nn.BatchNorm2d or None, got {type(norm).__name__}")
+        if norm is not None and norm.num_features != conv.out_channels:
+            raise ValueError(f"bn: expected {conv.out_channels} features like conv, got {norm.num_features}")
+        activations.resolve(activation)
+        self.conv, self.bn, self.activation = conv, norm, activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``activation(bn(conv(x)) + residual)``; shapes as in the class's description."""
+        return apply(self.conv, self.bn, x, activations.resolve(self.activation), residual)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}" if isinstance(self.activation, str) else ""
