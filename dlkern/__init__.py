@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     from . import bench, functional, nn, ops
     from ._swap import explain, no_fallback, report, swap, unswap
     from .dispatch import available_backends, backend
+    from .freezing import freeze, unfreeze
     from .verification import VerifyReport, verify
 
 _LAZY = {
     "available_backends": "dispatch",
     "backend": "dispatch",
     "explain": "_swap",
+    "freeze": "freezing",
     "no_fallback": "_swap",
     "report": "_swap",
     "swap": "_swap",
+    "unfreeze": "freezing",
     "unswap": "_swap",
     "verify": "verification",
     "VerifyReport": "verification",
@@ -45,12 +48,14 @@ __all__ = [
     "backend",
     "bench",
     "explain",
+    "freeze",
     "functional",
     "nn",
     "no_fallback",
     "ops",
     "report",
     "swap",
+    "unfreeze",
     "unswap",
     "verify",
 ]

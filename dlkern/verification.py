@@ -204,6 +204,8 @@ def _run(model: nn.Module, args: Any, kwargs: Any, backward: bool, seed: int) ->
             if not isinstance(leaf, Tensor):
                 rows["output", f"{pytree.keystr(path)} = {leaf!r}"] = torch.tensor(0)  # its name is what is compared
         for name, b in model.named_buffers():
+            if name.rpartition(".")[2].startswith("_dlkern_"):  # folded weights: not the model's own
+                continue
             rows["buffer", name] = b.detach().cpu().clone()
         if backward:
             rows.update(_gradients(model, inputs, [t for t in tensors.values() if t.requires_grad], seed))

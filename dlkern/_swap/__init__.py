@@ -15,6 +15,7 @@ from torch import nn
 
 from dlkern import dispatch
 from dlkern.kernels.reference.batch_norm_act import Request
+from dlkern.nn.conv_bn_act import FOLDED_WEIGHT
 from dlkern.ops import batch_norm_act as op
 
 from . import runtime
@@ -41,11 +42,14 @@ def swap(
     when it was traced (argument kinds, attributes, module classes, hooks); where a guard fails the
     stock forward runs and ``report(model).calls.fallback`` counts it. Swapping again starts afresh.
 
-    Sites of this version: BatchNorm followed by an activation, with or without an addition between.
+    Sites of this version, each as far as it is there: Conv2d, BatchNorm, an addition, an activation. In
+    training the convolution is called as it stands and what follows is fused; in inference without
+    gradients the batch norm is folded into the convolution where that is faster.
 
     Args:
         model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
-        filter_fn: ``filter_fn(module, path) -> bool`` is asked for each site's BatchNorm; False leaves it.
+        filter_fn: ``filter_fn(module, path) -> bool`` is asked for each site's BatchNorm, or its
+            convolution where there is none; False leaves the site.
         memory_format: for example torch.channels_last: the model is converted after the swap.
 
     Returns:
@@ -53,7 +57,8 @@ def swap(
 
     Raises:
         TypeError: model is no torch.nn.Module.
-        RuntimeError: somebody made a subclass of a swapped module's class (FSDP2, parametrizations).
+        RuntimeError: somebody made a subclass of a swapped module's class (FSDP2, parametrizations), or the
+            model is frozen.
         Whatever filter_fn raises. After an error the model is exactly as it was.
     """
     _check(model)
@@ -65,6 +70,7 @@ def swap(
         raise ValueError(f"memory_format: {memory_format} cannot hold the model's {rank}-D parameters")
     with LOCK:
         _refuse_extended(model)
+        _refuse_frozen(model)
         with _as_unswapped(model):
             findings = find(model, filter_fn)
             modules = dict(model.named_modules())
@@ -89,6 +95,7 @@ def unswap(model: nn.Module) -> nn.Module:
     _check(model)
     with LOCK:
         _refuse_extended(model)
+        _refuse_frozen(model)
         for module in model.modules():
             plan = plan_of(module)
             if plan is not None:
@@ -171,6 +178,12 @@ def _refuse_extended(model: nn.Module) -> None:
                 f"{path or 'the model'}: its class was extended after the swap (by FSDP2, a parametrization, ...), so "
                 "it cannot be changed now; undo that first, or run PyTorch's own ops under dlkern.backend('torch')"
             )
+
+
+def _refuse_frozen(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if FOLDED_WEIGHT in module._buffers:
+            raise RuntimeError(f"{path or 'the model'} is frozen (dlkern.freeze); call dlkern.unfreeze(model) first")
 
 
 @contextlib.contextmanager

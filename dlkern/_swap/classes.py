@@ -14,11 +14,12 @@ _ATTRIBUTE = "_dlkern_plan"
 
 
 class SwappedSite(NamedTuple):
-    """What a generated class says of one of its sites; ``path`` is relative to the owner."""
+    """What a generated class says of one of its sites; ``path`` and ``conv`` are relative to the owner."""
 
     path: str
     kind: str
     label: str
+    conv: str | None = None  # of a convolution and the norm behind it
 
 
 class Plan(NamedTuple):

@@ -175,6 +175,8 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or torch.is_autocast_enabled(x.device.type):
         return False
+    if norm is not None and conv._buffers.get(layer.FOLDED_WEIGHT) is not None:
+        return True
     saves = op.wants_gradient(x, weight, bias)
     if saves and dispatch.forced(op.NAME) is None:
         return False  # training: PyTorch's own convolution

@@ -189,8 +189,13 @@ def _plan(owner: Owner, accepted: Accepted, findings: Findings) -> None:
         reason = f"{owner.path or 'the model'}: {refusal}"
         findings.reasons.update({join(owner.path, path): reason for path in expected})
         return
-    sites = {s.path: SwappedSite(s.path, s.kind, s.label) for _, found in modes.values() for s in found}
+    sites = {s.path: _summary(s) for _, found in modes.values() for s in found}
     findings.plans[owner.path] = Plan(source, tuple(sites.values()))
+
+
+def _summary(site: Site) -> SwappedSite:
+    conv = None if site.conv is None or site.norm is None else str(site.conv.target)
+    return SwappedSite(site.path, site.kind, site.label, conv)
 
 
 def _check_class(cls: type) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dlkern import activations, functional
@@ -12,6 +13,9 @@ from dlkern.kernels.activation import Activation
 
 from . import batch_norm_act
 from .batch_norm_act import own
+
+#: Buffers of a convolution that dlkern.freeze has folded the batch norm behind it into.
+FOLDED_WEIGHT, FOLDED_BIAS = "_dlkern_folded_weight", "_dlkern_folded_bias"
 
 
 def apply(
@@ -35,6 +39,11 @@ def apply(
         "residual": residual,
     }
     weight, bias = own(conv, conv._parameters, "weight"), own(conv, conv._parameters, "bias")
+    folded = conv._buffers.get(FOLDED_WEIGHT)
+    if folded is not None and norm is not None and not torch.is_autocast_enabled(x.device.type):
+        if norm.training:
+            raise RuntimeError("a frozen batch norm is in training mode; call dlkern.unfreeze(model) before training")
+        return functional.conv_act(x, folded, conv._buffers[FOLDED_BIAS], **geometry)
     if norm is None:
         return functional.conv_act(x, weight, bias, **geometry)
     state = batch_norm_act.begin(norm)
