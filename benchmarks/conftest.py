@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,9 @@ import pytest
 import torch
 
 from dlkern import info
-from dlkern.bench import measure
+from dlkern.bench import measure, provenance
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))  # parity.py: the one place with tolerances
 
 _rows: list[dict[str, Any]] = []
 
@@ -41,16 +36,16 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 def pytest_report_header() -> list[str]:
-    lines = [f"device: {device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
+    lines = [f"device: {provenance.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
+    built = info.extension()
+    if "missing" in built:
+        where = Path(info.__file__).parent
+        lines.append(f"WARNING: dlkern in {where} has no extension, and no CPU kernel of its own: {built['missing']}")
     missing = measure.missing_stability()
     if missing and not torch.cuda.is_available():
         wanted = " ".join(f"{name}={measure.stable_environment()[name]}" for name in missing)
         lines.append(f"WARNING: CPU timings will scatter; start again with: {wanted} pytest benchmarks")
     return lines
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else info.cpu()["model"]
 
 
 @pytest.fixture
@@ -67,7 +62,7 @@ def record(
     def add(case: dict[str, Any], comparison: measure.Comparison | None, facts: dict[str, Any]) -> None:
         row = {**case, **facts, **({} if comparison is None else {"measured": comparison.as_dict()})}
         _rows.append({"benchmark": request.path.stem.removeprefix("bench_"), **row})
-        machine = {"device": device_name(), "threads": torch.get_num_threads(), "versions": info.versions()}
+        machine = {"device": provenance.device_name(), "threads": torch.get_num_threads(), "versions": info.versions()}
         benchmark.extra_info.update({**row, **machine})
 
     return add
@@ -80,30 +75,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus != pytest.ExitCode.OK:
         print("\nno results file is written: not every row was green")
         return
-    folder = HERE / "results" / "".join(c if c.isalnum() else "-" for c in device_name()).strip("-").lower()
+    about = provenance.gather()
+    device = about["device"]
+    folder = HERE / "results" / "".join(c if c.isalnum() else "-" for c in device).strip("-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(row["benchmark"] for row in _rows):
-        about = {
-            "benchmark": name,
-            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "commit": _commit(),
-            "device": device_name(),
-            "cpu": info.cpu(),
-            "versions": info.versions(),
-            "extension": {k: v for k, v in info.extension().items() if k != "file"},
-            "environment_missing": measure.missing_stability(),
-            "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-            "rows": [{k: v for k, v in row.items() if k != "benchmark"} for row in _rows if row["benchmark"] == name],
-        }
+        rows = [{k: v for k, v in row.items() if k != "benchmark"} for row in _rows if row["benchmark"] == name]
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(about, indent=1) + "\n")
+        path.write_text(json.dumps({"benchmark": name, **about, "rows": rows}, indent=1) + "\n")
         print(f"\nresults: {path.relative_to(HERE.parent)}")
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
-    return (git("rev-parse", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")

@@ -16,6 +16,7 @@ from ._version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (sys.argv[1:] by default) and return its exit code."""
     arguments = _parser().parse_args(argv)
+    arguments.own_process = argv is None
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
@@ -73,11 +74,51 @@ def _demo(arguments: argparse.Namespace) -> int:
         return _fail(error, 2)
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import command, measure
+
+    settings = command.Settings(
+        ops=tuple(arguments.op),
+        models=tuple(arguments.model),
+        every=arguments.all,
+        only=arguments.cases,
+        training=arguments.training,
+        dtype=arguments.dtype,
+        batch=arguments.batch,
+        image_size=arguments.image_size,
+        backends=tuple(arguments.backend),
+        compile=arguments.compile,
+        device=arguments.device,
+        min_seconds=arguments.min_seconds,
+        json=arguments.json,
+        csv=arguments.csv,
+        plot=arguments.plot,
+    )
+    try:
+        if arguments.list:
+            print(command.listing(settings))
+            return 0
+        if arguments.own_process:  # and no test's or notebook's
+            measure.restart_stable()
+        return command.run(settings)
+    except command.BenchError as error:
+        return _fail(error, 1)
+    except ValueError as error:
+        return _fail(error, 2)
+
+
 # ------------------------------------------------------------------------------------- parser
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text}")
     return value
 
 
@@ -132,7 +173,57 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is one, else cpu"
     )
     demo.set_defaults(run=_demo)
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="parity, time and memory of ops and models on this device, PyTorch beside dlkern",
+        description="Hold every row to the parity rule, then time it in turn with PyTorch: eager, torch.compile (on "
+        "CUDA, or with --compile) and dlkern; memory kept for backward. Without --op and --model: a quick suite of "
+        "both. A row whose parity is red shows no time and makes the exit code 1.",
+        epilog="example: dlkern bench --op batch_norm_act --train --json bench.json",
+    )
+    what = bench.add_argument_group("what runs")
+    what.add_argument("--op", action="append", default=[], metavar="NAME", help="only this op; can be repeated")
+    what.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="only this model, named as for explain; can be repeated",
+    )
+    what.add_argument("--all", action="store_true", help="every case of the ops, not the quick ones alone")
+    what.add_argument("--cases", metavar="TEXT", help="only the ops' cases whose name (see --list) contains TEXT")
+    mode = what.add_mutually_exclusive_group()
+    mode.add_argument("--train", dest="training", action="store_true", default=None, help="training alone")
+    mode.add_argument("--infer", dest="training", action="store_false", default=None, help="inference alone")
+    what.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        help="float32, bfloat16 or float16; autocast for models (default: float32 on a CPU; bfloat16 on CUDA, and "
+        "every one with --all or --cases)",
+    )
+    what.add_argument("--batch", type=_positive, metavar="N", help="batch (default: 8 on a CPU, 64 on CUDA)")
+    what.add_argument(
+        "--image-size", type=_positive, metavar="N", help="height and width of the models' images (default: 96, 224)"
+    )
+    what.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="time this backend too; can be repeated"
+    )
+    what.add_argument("--compile", action=argparse.BooleanOptionalAction, help="time torch.compile (default: on CUDA)")
+    what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    what.add_argument(
+        "--min-seconds", type=_seconds, metavar="S", help="least time of one comparison (default: 1, on CUDA 0.3)"
+    )
+    what.add_argument("--list", action="store_true", help="print the cases and stop")
+    out = bench.add_argument_group("where results go, beside the tables")
+    out.add_argument("--json", metavar="FILE.json", help="everything, with versions, commit, date and device")
+    out.add_argument("--csv", metavar="FILE.csv", help="a line per row")
+    out.add_argument("--plot", metavar="FILE.png", help="a picture of the ratios (also .pdf, .svg)")
+    bench.set_defaults(run=_bench)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timing and memory: the one primitive behind the demo, the benchmarks and every ratio dlkern states."""
+"""Timing, memory and parity: what ``dlkern bench``, the demo and every ratio dlkern states are made with."""
 
 from __future__ import annotations
 

@@ -289,6 +289,19 @@ def saved_bytes(fn: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int
     return sum(storage.nbytes() for storage in storages.values())
 
 
+def peak_bytes(fn: Callable[[], object], device: torch.device | str) -> int | None:
+    """The most bytes that ``fn`` holds on a CUDA device beyond what was held before; None on a CPU."""
+    where = torch.device(device)
+    if where.type != "cuda":
+        return None
+    torch.cuda.synchronize(where)
+    torch.cuda.reset_peak_memory_stats(where)
+    before = torch.cuda.memory_allocated(where)
+    fn()
+    torch.cuda.synchronize(where)
+    return torch.cuda.max_memory_allocated(where) - before
+
+
 # -------------------------------------------------------------------------------- environment
 def stable_environment() -> dict[str, str]:
     """Environment variables under which CPU timings hold still; they act only when set before start.

@@ -1,0 +1,186 @@
+"""A Markdown table, and the bars of a picture, for each kind of results file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dlkern.bench.plot import Bar
+
+Rows = list[dict[str, Any]]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def _paired(row: dict[str, Any], name: str) -> str:
+    if name not in row["measured"]["ratio"]:
+        return ""
+    median, low, high = row["measured"]["ratio"][name]["paired"]
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _milliseconds(row: dict[str, Any], name: str) -> str:
+    return f"{row['measured']['milliseconds'][name][0]:.3g}"
+
+
+def _shape(values: list[int]) -> str:
+    return "x".join(map(str, values))
+
+
+def _mode(row: dict[str, Any]) -> str:
+    return "training, forward + backward" if row["training"] else "inference"
+
+
+def _added(row: dict[str, Any]) -> str:
+    return f"BN{' + add' if row['residual'] else ''} + ReLU"
+
+
+# ---------------------------------------------------------------------------------------- ops
+Key = tuple[Any, ...]
+_FACTS = ("shape", "out_channels", "kernel", "stride", "format", "residual", "training", "dtype")
+
+
+def _by_case(rows: Rows) -> dict[Key, dict[str, dict[str, Any]]]:
+    """The timed rows of each case, by the row's name; eager's own has no ratio."""
+    cases: dict[Key, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if "measured" in row:
+            cases.setdefault(tuple(str(row.get(fact)) for fact in _FACTS), {})[row["row"]] = row
+    return cases
+
+
+def _op(rows: Rows, heads: list[str], describe: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """Eager's time / the row's, a line per case; torch.compile beside it where it was measured."""
+    cases = _by_case(rows)
+    names = list(dict.fromkeys(name for found in cases.values() for name in found))
+    lines = []
+    for found in cases.values():
+        first = next(iter(found.values()))
+        targets = [row["target"] for row in found.values() if row.get("target")]
+        cells = [*describe(first), first["format"], first["dtype"], _milliseconds(first, "eager")]
+        cells += [_paired(found[name], name) if name in found else "" for name in names]
+        lines.append([*cells, f">= {targets[0]}" if targets else ""])
+    return table([*heads, "format", "dtype", "eager ms", *(f"eager / {name}" for name in names), "target"], lines)
+
+
+def batch_norm_act(rows: Rows) -> list[str]:
+    return _op(rows, ["case", "shape"], lambda row: [f"{_added(row)}, {_mode(row)}", _shape(row["shape"])])
+
+
+def conv_bn_act(rows: Rows) -> list[str]:
+    def describe(row: dict[str, Any]) -> list[str]:
+        stride = "" if row["stride"] == 1 else f", stride {row['stride']}"
+        kernel = f"{row['kernel']}x{row['kernel']}{stride}"
+        return [f"conv + {_added(row)}, {_mode(row)}", f"{_shape(row['shape'])} -> {row['out_channels']}", kernel]
+
+    return _op(rows, ["case", "input", "kernel"], describe)
+
+
+def _op_bars(rows: Rows) -> list[Bar]:
+    bars = []
+    for found in _by_case(rows).values():
+        for name, row in found.items():
+            if name not in row["measured"]["ratio"]:
+                continue
+            words = [_shape(row["shape"])]
+            if "kernel" in row:
+                words.append(f"-> {row['out_channels']}, {row['kernel']}x{row['kernel']}/{row['stride']}")
+            words += [row["format"], "training" if row["training"] else "inference", row["dtype"]]
+            words += ["+ add"] if row["residual"] else []
+            bars.append(Bar(f"{' '.join(words)}: {name}", *row["measured"]["ratio"][name]["paired"], row.get("target")))
+    return bars
+
+
+# --------------------------------------------------------------------------- calls and models
+def call_overhead(rows: Rows) -> list[str]:
+    """Microseconds over PyTorch's own call."""
+    lines = [
+        [f"{_added(row)}, {row['mode']}", f"{row['microseconds_over']:.1f}", f"<= {row['budget']:.0f}"] for row in rows
+    ]
+    return table(["one call", "us over PyTorch's own", "target"], lines)
+
+
+_CANDIDATES = ("swapped", "frozen", "compile")
+
+
+def models(rows: Rows) -> list[str]:
+    """Plain against swapped, and plain against itself where that was measured: the resolution of the row."""
+    present = [name for name in _CANDIDATES if any(name in row["measured"]["ratio"] for row in rows)]
+    equals = any("plain again" in row["measured"]["ratio"] for row in rows)
+    lines = []
+    for row in rows:
+        kept = row.get("kept_for_backward_mb")
+        lines.append(
+            [
+                f"{row['model']}, {'training step' if row.get('training', True) else 'inference'}",
+                f"{row['batch']}x3x{row['image_size']}x{row['image_size']}",
+                row["format"],
+                _milliseconds(row, "plain"),
+                *(_paired(row, name) for name in present),
+                *([_paired(row, "plain again")] if equals else []),
+                f"{kept['plain']:.0f} / {kept['swapped']:.0f}" if kept else "",
+                str(row["sites"]["swapped"]),
+            ]
+        )
+    heads = ["model", "input", "format", "plain ms", *(f"plain / {name}" for name in present)]
+    heads += ["plain / plain again"] if equals else []
+    return table([*heads, "MB kept, plain / swapped", "sites"], lines)
+
+
+def _model_bars(rows: Rows) -> list[Bar]:
+    return [
+        Bar(
+            f"{row['model']} {row['batch']}x3x{row['image_size']}x{row['image_size']} {row['format']} "
+            f"{'training' if row.get('training', True) else 'inference'}: {name}",
+            *found["paired"],
+        )
+        for row in rows
+        for name, found in row["measured"]["ratio"].items()
+    ]
+
+
+# -------------------------------------------------------------------------------- dlkern bench
+def suite(rows: Rows) -> list[str]:
+    """The file that ``dlkern bench --json`` writes."""
+    lines = []
+    for row in rows:
+        timed = "measured" in row
+        base = row["measured"]["baseline"] if timed else ""
+        cells = (
+            [_milliseconds(row, base), _paired(row, row["row"])] if timed else ["", row["parity"].partition("\n")[0]]
+        )
+        wanted = f">= {row['target']}" if row.get("target") else ""
+        lines.append([row["name"], row["case"], row["row"], row["backend"], *cells, wanted])
+    return table(["what", "case", "row", "backend", "PyTorch ms", "PyTorch / row", "target"], lines)
+
+
+def _suite_bars(rows: Rows) -> list[Bar]:
+    return [
+        Bar(
+            f"{row['name']} {row['case']}: {row['row']}",
+            *row["measured"]["ratio"][row["row"]]["paired"],
+            row.get("target"),
+        )
+        for row in rows
+        if "measured" in row
+    ]
+
+
+TABLES: dict[str, Callable[[Rows], list[str]]] = {
+    "batch_norm_act": batch_norm_act,
+    "conv_bn_act": conv_bn_act,
+    "call_overhead": call_overhead,
+    "models": models,
+    "suite": suite,
+}
+
+#: A picture of call_overhead would be one of microseconds, not of ratios: it has none.
+BARS: dict[str, Callable[[Rows], list[Bar]]] = {
+    "batch_norm_act": _op_bars,
+    "conv_bn_act": _op_bars,
+    "models": _model_bars,
+    "suite": _suite_bars,
+}

@@ -1,0 +1,58 @@
+"""Sums of absolute terms behind what [convolution +] batch norm [+ addition] + ReLU computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Problem
+
+
+def terms(problem: Problem) -> dict[str, Tensor]:
+    """By name, as in ``Problem.names()``; float64 (see :mod:`dlkern.bench.parity`)."""
+    with torch.no_grad():
+        return _terms(problem)
+
+
+def _terms(problem: Problem) -> dict[str, Tensor]:
+    conv, bn = problem.wide.conv, problem.wide.bn
+    x, dims, shape = problem.x.double(), (0, 2, 3), (1, -1, 1, 1)
+    c, size = x, x.abs()
+    if conv is not None:
+        c, size = conv(x), conv._conv_forward(x.abs(), conv.weight.abs(), None)
+        # half inputs are exact, and summed in float32
+        dtype = problem.case.dtype
+        size = c.abs() + size * (torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
+    if problem.case.training:
+        var, mean = torch.var_mean(c, dims, correction=0)
+    else:
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        mean, var = bn.running_mean, bn.running_var
+    invstd = torch.rsqrt(var + bn.eps).view(shape)
+    scale, normalised = bn.weight.abs().view(shape) * invstd, (size + mean.abs().view(shape)) * invstd
+    y = normalised * bn.weight.abs().view(shape) + bn.bias.abs().view(shape)
+    if problem.residual is not None:
+        y = y + problem.residual.double().abs()
+    if not problem.case.training:
+        return {"y": y}
+
+    dz = problem.grad.double().abs()
+    dbias, dweight, count = dz.sum(dims), (dz * normalised).sum(dims), dz.numel() / dz.shape[1]
+    dc = (dz + (dbias.view(shape) + normalised * dweight.view(shape)) / count) * scale
+    found = {"y": y, "dx": dc, "dresidual": dz, "dbn.weight": dweight, "dbn.bias": dbias}
+    if conv is not None:
+        found["dx"], found["dconv.weight"], _ = torch.ops.aten.convolution_backward(
+            dc,
+            x.abs(),
+            conv.weight.abs(),
+            None,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            [0, 0],
+            conv.groups,
+            [True, True, False],
+        )
+    return found
