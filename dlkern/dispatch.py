@@ -198,6 +198,14 @@ def _decide(op_name: str, forced_name: str | None, request: Any) -> Choice:
     raise AssertionError(f"the default order of {op_name} ends without an implementation")  # "torch" runs all
 
 
+def first_supporting(op_name: str, backends: Sequence[str], request: Any) -> str:
+    """The first of several backends that is available and supports the request (the last one if none does)."""
+    for name in backends:
+        if _unsupported(_OPS[op_name], name, request) is None:
+            return name
+    return backends[-1]
+
+
 def _unsupported(op: Op, backend_name: str, request: Any) -> str | None:
     if backend_name == "torch":
         return None

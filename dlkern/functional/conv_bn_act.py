@@ -38,6 +38,7 @@ def conv_bn_act(
     eps: float = 1e-5,
     activation: str | nn.Module | Activation = "relu",
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """``activation(batch_norm(conv2d(x, weight, bias)) + residual)``.
 
@@ -59,6 +60,11 @@ def conv_bn_act(
         training: normalise by the batch's statistics instead of the running ones.
         activation: as in :func:`dlkern.functional.batch_norm_act`.
         residual: added before the activation; shape and dtype of the convolution's output.
+        memory_efficient: keep less for backward, for more time: a following ``conv_bn_act`` or
+            ``conv_act`` does not keep this output, which is its input, but makes it again in its own backward
+            (without a residual); a residual ReLU keeps one bit an element instead of its output. Nothing
+            changes where another op keeps the output, under torch.compile and torch.func, and where
+            PyTorch's own kernels are forced.
 
     Returns:
         (N, K, OH, OW), or (K, OH, OW) for an unbatched x; x's dtype; the memory format of conv2d's output.
@@ -87,7 +93,7 @@ def conv_bn_act(
     norm = "batch" if training or running_mean is None else "running"
     return _apply(
         x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var,
-        stride, padding, dilation, groups, padding_mode, norm, momentum, eps, activation,
+        stride, padding, dilation, groups, padding_mode, norm, momentum, eps, activation, memory_efficient,
     )  # fmt: skip
 
 
@@ -131,6 +137,7 @@ def _apply(
     momentum: float,
     eps: float,
     activation: str | nn.Module | Activation,
+    memory_efficient: bool = False,
 ) -> Tensor:
     act = activations.resolve(activation)
     steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
@@ -158,7 +165,7 @@ def _apply(
             raise RuntimeError(f"residual: expected device {x.device} like x, got {residual.device}")
     y = _conv_bn_act.apply(
         x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var,
-        convolution, norm, momentum, eps, act,
+        convolution, norm, momentum, eps, act, memory_efficient,
     )  # fmt: skip
     return y.squeeze(0) if unbatched else y
 

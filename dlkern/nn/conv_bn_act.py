@@ -24,6 +24,7 @@ def apply(
     x: Tensor,
     activation: Activation,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """What ``activation(norm(conv(x)) + residual)`` computes, by the fused op; ``norm`` None stands for none.
 
@@ -59,6 +60,7 @@ def apply(
             training=state.training,
             momentum=state.momentum,
             eps=norm.eps,
+            memory_efficient=memory_efficient,
             **geometry,
         )
     except (TypeError, ValueError, RuntimeError):  # refused: nothing ran
@@ -81,6 +83,7 @@ class ConvBNAct2d(nn.Module):
         activation_layer: what makes the activation (torch.nn.ReLU), its name ("relu"), or None.
         inplace: taken for torchvision's sake; nothing is written in place.
         bias: None for a bias where there is no norm.
+        memory_efficient: keep less for backward: see :func:`dlkern.functional.conv_bn_act`.
 
     Raises:
         ValueError: an unknown activation, or an input that does not fit.
@@ -102,6 +105,7 @@ class ConvBNAct2d(nn.Module):
         bias: bool | None = None,
         *,
         padding_mode: str = "zeros",
+        memory_efficient: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -128,22 +132,27 @@ class ConvBNAct2d(nn.Module):
         activation = activation_layer
         if activation_layer is not None and not isinstance(activation_layer, str):
             activation = activation_layer()
-        self._take(conv, norm, "identity" if activation is None else activation)
+        self._take(conv, norm, "identity" if activation is None else activation, memory_efficient)
         if norm is not None and (device is not None or dtype is not None):
             norm.to(device=device, dtype=dtype)
 
     @classmethod
     def from_modules(
-        cls, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, activation: str | nn.Module = "identity"
+        cls,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        activation: str | nn.Module = "identity",
+        *,
+        memory_efficient: bool = False,
     ) -> ConvBNAct2d:
         """The layer made of these very modules (their parameters are shared, not copied), in conv's mode."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made._take(conv, bn, activation)
+        made._take(conv, bn, activation, memory_efficient)
         made.training = conv.training
         return made
 
-    def _take(self, conv: nn.Conv2d, norm: Any, activation: Any) -> None:
+    def _take(self, conv: nn.Conv2d, norm: Any, activation: Any, memory_efficient: bool) -> None:
         if type(conv).forward is not nn.Conv2d.forward:
             raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__name__}")
         if norm is not None and not (
@@ -154,10 +163,11 @@ class ConvBNAct2d(nn.Module):
             raise ValueError(f"bn: expected {conv.out_channels} features like conv, got {norm.num_features}")
         activations.resolve(activation)
         self.conv, self.bn, self.activation = conv, norm, activation
+        self.memory_efficient = memory_efficient
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(bn(conv(x)) + residual)``; shapes as in the class's description."""
-        return apply(self.conv, self.bn, x, activations.resolve(self.activation), residual)
+        return apply(self.conv, self.bn, x, activations.resolve(self.activation), residual, self.memory_efficient)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" if isinstance(self.activation, str) else ""

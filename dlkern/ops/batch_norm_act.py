@@ -52,7 +52,7 @@ OP = dispatch.register(
 
 
 # -------------------------------------------------------------------------------- library ops
-def _forward(
+def run_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -86,7 +86,7 @@ def _forward_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(layout.dense(x)), stats, torch.empty_like(stats)
 
 
-def _backward(
+def run_backward(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -122,7 +122,7 @@ def _backward(
 
 def _backward_tensors(grad_y: Tensor, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """A library op returns tensors: an empty one stands for None."""
-    return tuple(x.new_empty(0) if g is None else g for g in _backward(grad_y, x, *inputs))
+    return tuple(x.new_empty(0) if g is None else g for g in run_backward(grad_y, x, *inputs))
 
 
 def _backward_fake(
@@ -145,14 +145,14 @@ def _backward_fake(
     )
 
 
-_forward_op = library.define(
+forward_op = library.define(
     "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, bool batch_stats, float momentum, float eps, str activation, float param, "
     "str implementation) -> (Tensor, Tensor, Tensor)",
-    _forward,
+    run_forward,
     _forward_fake,
 )
-_backward_op = library.define(
+backward_op = library.define(
     "batch_norm_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? y, "
     "Tensor mean, Tensor invstd, bool batch_stats, str activation, float param, bool needs_x, bool needs_params, "
     "bool needs_residual, str implementation) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -175,65 +175,70 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        outputs = (_forward if library.unwatched(inputs[0]) else _forward_op)(*inputs)
-        _save(ctx, inputs, *outputs)
+        outputs = (run_forward if library.unwatched(inputs[0]) else forward_op)(*inputs)
+        save(ctx, inputs, *outputs)
         return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad_y is None:
-            return (None, None, None, None, *_NOTHING)
-        x, weight, bias, residual, y, mean, invstd = ctx.saved_tensors
-        batch_stats, eps, activation, param, implementation = ctx.options
-        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        needs_params = needs_weight or needs_bias
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph=True: the gradient itself is differentiated, so it is composed of PyTorch's own ops
-            if batch_stats:
-                mean, _, invstd = reference.statistics(x, eps)
-            dx, dweight, dbias, dresidual = reference.backward(
-                grad_y,
-                x,
-                weight,
-                bias,
-                residual,
-                y,
-                mean,
-                invstd,
-                batch_stats=batch_stats,
-                activation=Activation(activation, param),
-                needs_x=needs_x,
-                needs_params=needs_params,
-                needs_residual=needs_residual,
-            )
-        else:
-            shared = needs_residual and activation == "identity"  # the residual's gradient is grad_y itself
-            dx, dweight, dbias, dresidual = (_backward if library.unwatched(grad_y) else _backward_op)(
-                grad_y,
-                x,
-                weight,
-                bias,
-                residual,
-                y,
-                mean,
-                invstd,
-                batch_stats,
-                activation,
-                param,
-                needs_x,
-                needs_params,
-                needs_residual and not shared,
-                implementation,
-            )
-            if shared:
-                dresidual = grad_y
-        return (
-            dx if needs_x else None,
-            dweight if needs_weight else None,
-            dbias if needs_bias else None,
-            dresidual if needs_residual else None,
-            *_NOTHING,
+        return gradients(ctx, grad_y, ctx.saved_tensors)
+
+
+def gradients(ctx: Any, grad_y: Tensor | None, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """What backward returns, from what ``save`` kept."""
+    if grad_y is None:
+        return (None, None, None, None, *_NOTHING)
+    x, weight, bias, residual, y, mean, invstd = saved
+    batch_stats, eps, activation, param, implementation = ctx.options
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    needs_params = needs_weight or needs_bias
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # create_graph=True: the gradient itself is differentiated, so it is composed of PyTorch's own ops
+        if batch_stats:
+            mean, _, invstd = reference.statistics(x, eps)
+        dx, dweight, dbias, dresidual = reference.backward(
+            grad_y,
+            x,
+            weight,
+            bias,
+            residual,
+            y,
+            mean,
+            invstd,
+            batch_stats=batch_stats,
+            activation=Activation(activation, param),
+            needs_x=needs_x,
+            needs_params=needs_params,
+            needs_residual=needs_residual,
         )
+    else:
+        shared = needs_residual and activation == "identity"  # the residual's gradient is grad_y itself
+        dx, dweight, dbias, dresidual = (run_backward if library.unwatched(grad_y) else backward_op)(
+            grad_y,
+            x,
+            weight,
+            bias,
+            residual,
+            y,
+            mean,
+            invstd,
+            batch_stats,
+            activation,
+            param,
+            needs_x,
+            needs_params,
+            needs_residual and not shared,
+            implementation,
+        )
+        if shared:
+            dresidual = grad_y
+    return (
+        dx if needs_x else None,
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
+        dresidual if needs_residual else None,
+        *_NOTHING,
+    )
 
 
 class _TransformedFunction(BatchNormActFunction):
@@ -241,15 +246,15 @@ class _TransformedFunction(BatchNormActFunction):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        return _forward_op(*inputs)
+        return forward_op(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _save(ctx, inputs, *output)
+        save(ctx, inputs, *output)
         ctx.mark_non_differentiable(*output[1:])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, invstd: Tensor) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, invstd: Tensor) -> None:
     x, weight, bias, residual, _, _, batch_stats, _, eps, activation, param, implementation = inputs
     kept_y = None
     if residual is not None and gradient_from_output(Activation(activation, param)):
@@ -273,8 +278,13 @@ def apply(
     momentum: float,
     eps: float,
     activation: Activation,
+    function: type[BatchNormActFunction] | None = None,
 ) -> Tensor:
-    """Choose an implementation and run it, with autograd where a gradient is wanted."""
+    """Choose an implementation and run it, with autograd where a gradient is wanted.
+
+    ``function`` stands in for BatchNormActFunction; PyTorch's own path, which has none, is then taken only
+    where it is forced.
+    """
     like = weight if weight is not None else running_mean
     request = Request(
         x.device.type,
@@ -286,6 +296,8 @@ def apply(
         activation.name,
     )
     backend = dispatch.choose(NAME, request).backend
+    if function is not None and backend == "torch" and dispatch.forced(NAME) is None:
+        backend = dispatch.first_supporting(NAME, ("cpu", "triton", "reference"), request)
     if backend == "torch" or x.numel() == 0:  # nothing to compute on: PyTorch's own shortcut
         z = F.batch_norm(x, running_mean, running_var, weight, bias, batch_stats, momentum, eps)
         return reference_activation.forward(z if residual is None else z + residual, activation)
@@ -301,5 +313,5 @@ def apply(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return BatchNormActFunction.apply(*inputs)
-    return (_forward if library.unwatched(x) else _forward_op)(*inputs)[0]
+        return (function or BatchNormActFunction).apply(*inputs)
+    return (run_forward if library.unwatched(x) else forward_op)(*inputs)[0]

@@ -7,6 +7,7 @@ implementations take the convolution, too. Arguments have been checked by :mod:`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from dlkern.kernels.reference import conv_bn_act as reference
 from dlkern.kernels.reference.batch_norm_act import accumulate_dtype
 from dlkern.kernels.reference.conv_bn_act import Convolution, Needs, Request
 
-from . import batch_norm_act, library
+from . import batch_norm_act, library, recompute
 
 NAME = "conv_bn_act"
 
@@ -320,6 +321,7 @@ def apply(
     momentum: float,
     eps: float,
     activation: Activation,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """Choose an implementation and run it, with autograd where a gradient is wanted."""
     saves = wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
@@ -333,12 +335,15 @@ def apply(
             "use dlkern.backend(conv_bn_act='torch')"
         )
     if backend == "torch" or x.numel() == 0:
-        c = F.conv2d(x, weight, bias, *convolution)
+        plain = not saves or transformed or torch.compiler.is_compiling()
+        with contextlib.nullcontext() if plain or x.grad_fn is None else recompute.forgetting(x):
+            c = F.conv2d(x, weight, bias, *convolution)
         if norm == "none":
             return reference_activation.forward(c if residual is None else c + residual, activation)
         return batch_norm_act.apply(
-            c, bn_weight, bn_bias, residual, running_mean, running_var, norm == "batch", momentum, eps, activation
-        )
+            c, bn_weight, bn_bias, residual, running_mean, running_var, norm == "batch", momentum, eps, activation,
+            recompute.MemoryEfficientFunction if memory_efficient and not plain else None,
+        )  # fmt: skip
     inputs = (
         x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var,
         *convolution, norm, momentum, eps, *activation, saves, backend,
