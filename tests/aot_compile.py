@@ -99,22 +99,38 @@ def jobs() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]
 
 
 def compile_one(
-    kernel: Any, signature: dict[str, Any], constants: dict[str, Any], num_warps: int, arch: int
+    kernel: Any,
+    signature: dict[str, Any],
+    constants: dict[str, Any],
+    num_warps: int,
+    arch: int,
+    *,
+    divisible: tuple[str, ...] = (),
+    options: dict[str, Any] | None = None,
 ) -> dict[str, int]:
-    """Registers, bytes of stack and local memory (spills), and shared memory of one compiled kernel."""
+    """Registers, bytes of stack and local memory (spills), shared memory and wgmma instructions of one kernel.
+
+    Pointers, and the integers named in ``divisible``, are multiples of 16. ``options`` are further ones of Triton's.
+    """
     ordered = {name: signature[name] for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(ordered.values()) if str(t).startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, t) in enumerate(ordered.items())
+        if str(t).startswith("*") or name in divisible
+    }
     source = ASTSource(kernel, ordered, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
                        attrs=aligned)  # fmt: skip
     target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": False})
+    options = {"num_warps": num_warps, "enable_fp_fusion": False, **(options or {})}
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [_CUOBJDUMP, "--dump-resource-usage", file.name]
         out = subprocess.run(command, capture_output=True, text=True, check=True)
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", out.stdout))
-    return {key.lower(): int(usage[key]) for key in ("REG", "STACK", "LOCAL")} | {"shared": compiled.metadata.shared}
+    used = {key.lower(): int(usage[key]) for key in ("REG", "STACK", "LOCAL")}
+    return {**used, "shared": compiled.metadata.shared, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
 
 
 if __name__ == "__main__":

@@ -225,6 +225,8 @@ def test_opcheck() -> None:
         [1, 1], [1, 1], [1, 1], 1, "batch", "relu", 0.0, [True] * 4 + [False], "reference",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dlkern.conv_bn_act_backward.default, backward)
+    nothing_but_x = (*backward[:-2], [True] + [False] * 4, "reference")
+    torch.library.opcheck(torch.ops.dlkern.conv_bn_act_backward.default, nothing_but_x)
 
 
 def test_function_is_what_runs() -> None:

@@ -13,6 +13,7 @@ import pytest
 import swap_models as models
 import torch
 import torch.nn.functional as F
+from batch_norm_act_cases import spied
 from torch import nn
 
 import dlkern
@@ -449,3 +450,27 @@ def test_conv_bn_functional_forms(h: torch.Tensor) -> None:
     ]  # fmt: skip
     with dlkern.no_fallback():
         assert_same(model, plain, h)
+
+
+@pytest.mark.parametrize("norms_train", [False, True])
+def test_transfer_learning_with_a_frozen_backbone(x: torch.Tensor, norms_train: bool) -> None:
+    """The backbone needs no gradient: in eval mode its batch norms fold although the model trains."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(models.Stack(), nn.Linear(8, 3)).train()
+    for p in plain[0].parameters():
+        p.requires_grad_(False)
+    plain[0].train(norms_train)
+    model = copy.deepcopy(plain)
+    optimizers = [torch.optim.SGD(m[1].parameters(), lr=0.1, momentum=0.9) for m in (model, plain)]
+    dlkern.swap(model)
+    with dlkern.no_fallback(), spied() as ran:
+        for _ in range(3):
+            for m, optimizer in zip((model, plain), optimizers, strict=True):
+                optimizer.zero_grad()
+                m(x).square().sum().backward()
+                optimizer.step()
+    assert all(p.grad is None for p in model[0].parameters())
+    assert calls(model) == (18, 0)
+    assert ran == [("cpu", "forward")] * 18
+    for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -164,16 +164,16 @@ def _backward_fake(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     needs = Needs(*options[7])
-    nothing = x.new_empty(0)
     stats = mean.new_empty(c.size(1))
-    return (
-        torch.empty_like(x, memory_format=torch.preserve_format) if needs.x else nothing,
-        torch.empty_like(weight) if needs.weight else nothing,
-        torch.empty_like(bias) if needs.bias and bias is not None else nothing,
-        torch.empty_like(stats if bn_weight is None else bn_weight) if needs.norm else nothing,
-        torch.empty_like(stats if bn_bias is None else bn_bias) if needs.norm else nothing,
-        torch.empty_like(c) if needs.residual else nothing,
+    made = (
+        x if needs.x else None,
+        weight if needs.weight else None,
+        bias if needs.bias else None,
+        (stats if bn_weight is None else bn_weight) if needs.norm else None,
+        (stats if bn_bias is None else bn_bias) if needs.norm else None,
+        c if needs.residual else None,
     )
+    return tuple(x.new_empty(0) if like is None else torch.empty_like(like) for like in made)
 
 
 _forward_op = library.define(

@@ -1,0 +1,145 @@
+"""How the products of kernels/triton/implicit_gemm.py are launched: tiles, modes and precision."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.conv_bn_act import Convolution
+from . import implicit_gemm as gemm
+from . import interpreted, tiles
+
+_INT32_END = 2**31
+#: More taps than these are not unrolled: 25 took half a minute to compile.
+MAX_UNROLLED = 9
+#: Fewer channels than a product's least depth are laid out with their taps.
+_LEAST_DEPTH = 16
+#: Elements of the partial sums of a weight gradient (256 MiB).
+_MAX_PARTIAL = 2**26
+_MAX_SPLITS = 128
+
+
+class Launch(NamedTuple):
+    """A launch configuration; block_k is in elements of two bytes."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+#: Tensor cores (half types and TF32), float32 in full precision, and float64.
+TENSOR = (
+    Launch(128, 128, 64, 8, 3),
+    Launch(128, 64, 64, 8, 3),
+    Launch(64, 64, 64, 4, 3),
+    Launch(64, 32, 64, 4, 3),
+    Launch(64, 16, 64, 4, 3),
+)
+EXACT = (Launch(64, 64, 32, 8, 2), Launch(32, 32, 32, 4, 1))
+DOUBLE = (Launch(16, 16, 64, 8, 1),)
+
+#: Set by tests and tuning to run one configuration; None leaves the choice to the heuristic.
+forced: Launch | None = None
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's settings let a float32 convolution run in TF32."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is not None and hasattr(conv, "fp32_precision"):
+        return conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``."""
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def table(dtype: torch.dtype, mode: int) -> tuple[Launch, ...]:
+    """The configurations for a dtype and a mode under the present settings."""
+    if dtype == torch.float64:
+        return DOUBLE
+    launches = EXACT if dtype == torch.float32 and precision(dtype) == "ieee" else TENSOR
+    if mode in (gemm.FLAT.value, gemm.TAP_LOOP.value):  # (see there; flat addresses take many registers, too)
+        return tuple(launch for launch in launches if launch.num_warps <= 4)
+    return launches
+
+
+def choose(
+    rows: int, columns: int, products: int, dtype: torch.dtype, mode: int, device: torch.device, *, shared: bool = False
+) -> Launch:
+    """The configuration for ``products`` products of rows x columns that should take the least time.
+
+    The time of a tile counts its area and, for what it loads, its sides; few tiles leave the device idle, unless
+    (``shared``) each is cut into shares.
+    """
+    candidates = table(dtype, mode)
+    if forced is not None:
+        if forced not in candidates:
+            raise ValueError(f"{forced} is none of the configurations for {dtype} in mode {mode}")
+        return forced
+    slots = tiles._programs(device) // 2
+
+    def time(launch: Launch) -> float:
+        programs = triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n) * products
+        cost = launch.block_m * launch.block_n + 32 * (launch.block_m + launch.block_n)
+        return (programs if shared else max(programs / slots, 1.0)) * cost
+
+    return min(candidates, key=time)
+
+
+def mode(weight: Tensor, convolution: Convolution, depth: int, *, phases: bool = False) -> int:
+    """How taps and ``depth`` channels are summed (see implicit_gemm); ``phases`` in an input gradient."""
+    taps = weight.size(2) * weight.size(3)
+    if taps == 1 and convolution.stride == (1, 1) and convolution.padding == (0, 0):
+        return gemm.POINTWISE.value
+    if taps > 1 and depth < _LEAST_DEPTH:
+        return gemm.FLAT.value
+    if taps > MAX_UNROLLED or (phases and convolution.stride != (1, 1)):
+        return gemm.TAP_LOOP.value
+    return gemm.TAPS.value
+
+
+def needs_int64(*tensors: Tensor) -> bool:
+    """Whether an offset into one of the tensors, or of the last rows of a tile over it, passes 32 bits."""
+    return any(t.numel() + 256 * (t.size(1) + 1) > _INT32_END for t in tensors)
+
+
+def meta(
+    launch: Launch, dtype: torch.dtype, kernel: tuple[int, int], mode: int, int64: bool, depth: int | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of a product over ``depth`` channels, or (None) over positions."""
+    # In float64 a sum of products holds block_m x block_k x block_n of them.
+    block_k = 16 if dtype == torch.float64 else launch.block_k * 2 // dtype.itemsize
+    if mode == gemm.FLAT.value:  # an address for each element: few at a time
+        block_k = _LEAST_DEPTH
+    elif depth is not None:
+        block_k = max(_LEAST_DEPTH, min(block_k, triton.next_power_of_2(depth)))
+    return {
+        "R": kernel[0],
+        "S": kernel[1],
+        "MODE": mode,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "PRECISION": precision(dtype),
+        "INT64": int64,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_K": block_k,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        # Left alone, ptxas spills a few registers for one more program on a multiprocessor.
+        **({"maxnreg": 255} if torch.version.hip is None else {}),
+    }
+
+
+def splits(tiles_: int, steps: int, size: int, device: torch.device) -> int:
+    """Into how many shares the positions of a weight gradient of ``size`` elements are cut."""
+    wanted = triton.cdiv(tiles._programs(device), tiles_)
+    least_steps = 1 if interpreted() else 8
+    return max(1, min(wanted, triton.cdiv(steps, least_steps), _MAX_SPLITS, _MAX_PARTIAL // max(size, 1)))
