@@ -91,7 +91,7 @@ def is_frozen(model: nn.Module) -> bool:
     return any(FOLDED_WEIGHT in m._buffers for m in model.modules())
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.modules.batchnorm._BatchNorm]]:
     """Each convolution with the batch norm behind it, of swapped sites and of ConvBNAct2d layers."""
     modules = dict(model.named_modules())
     seen = set()
@@ -106,7 +106,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         for conv, norm in found:
             if (
                 type(conv) is nn.Conv2d
-                and isinstance(norm, nn.BatchNorm2d)
+                and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
                 and norm.running_mean is not None
                 and id(conv) not in seen
             ):
@@ -115,7 +115,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 
 
 @torch.no_grad()
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _folded(conv: nn.Conv2d, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of the folded convolution, in the convolution's dtype (made in float64)."""
 
     def wide(t: Tensor | None) -> Tensor | None:

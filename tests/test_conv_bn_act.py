@@ -13,8 +13,10 @@ from conv_bn_act_cases import Case, check
 from torch import Tensor, nn
 
 import dlkern
+from dlkern import dispatch
 from dlkern.functional import conv_act, conv_bn_act
 from dlkern.kernels.cpu import conv_bn_act as cpu
+from dlkern.kernels.reference.conv_bn_act import Request
 from dlkern.ops.conv_bn_act import ConvBNActFunction
 
 DEVICE = "cuda" if HAS_CUDA else "cpu"
@@ -145,20 +147,31 @@ def test_autocast(backend: str) -> None:
     torch.testing.assert_close(y, like, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(HAS_CUDA, reason="the CPU's rule")
 def test_inference_chooses_per_shape() -> None:
-    """Folding where the weight is smaller than the output, and never where a gradient is wanted."""
-    if HAS_CUDA:
-        pytest.skip("the CPU's rule")
+    """Folding where the output is large, and larger than the weight; never where a gradient is wanted."""
+
+    def ran(pixels: int, channels: int, kernel: int, norm: str = "running", saves: bool = False) -> str:
+        request = Request(
+            "cpu", torch.float32, torch.float32, False, (1, 1), (0, 0), (1, 1), 1, (kernel, kernel), channels, channels,
+            pixels, norm, saves, False, "relu",
+        )  # fmt: skip
+        return dispatch.choose("conv_bn_act", request).backend
+
+    assert ran(8 * 56 * 56, 64, 3) == "cpu"
+    assert ran(8 * 7 * 7, 512, 3) == "torch"  # the weight is larger than the output
+    assert ran(8 * 7 * 7, 512, 3, norm="none") == "cpu"  # folded before
+    assert ran(7 * 7, 64, 1) == "torch"  # a call costs more than it saves
+    assert ran(0, 64, 3) == "torch"  # torch.compile: not known
+    assert ran(8 * 56 * 56, 64, 3, norm="batch") == ran(8 * 56 * 56, 64, 3, saves=True) == "torch"
     t = _tensors()
+    t["x"] = torch.randn(2, 6, 100, 100)
     with spied() as calls, torch.no_grad():
-        conv_bn_act(**t)
-    assert calls == [("cpu", "forward")]  # 6 x 3 x 3 = 54 <= 2 x 5 x 6, rounded up to 64
-    with spied() as calls, torch.no_grad():
-        conv_bn_act(**{**t, "x": t["x"][:1]})
-    assert [c for c in calls if c[1] == "forward"] == [("cpu", "forward")]  # batch_norm_act's own, behind the conv
-    wanting = {**t, "weight": t["weight"].clone().requires_grad_()}
-    y = conv_bn_act(**wanting)
+        folded = conv_bn_act(**t)
+    assert calls == [("cpu", "forward")]
+    y = conv_bn_act(**{**t, "weight": t["weight"].clone().requires_grad_()})
     assert "ConvBNAct" not in type(y.grad_fn).__name__
+    torch.testing.assert_close(y, folded, rtol=1e-4, atol=1e-4)
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -65,7 +65,9 @@ def test_refused_calls_do_not_count() -> None:
 
 
 def test_wrong_parts() -> None:
-    with pytest.raises(TypeError, match=r"bn: expected a torch\.nn\.BatchNorm2d or None, got GroupNorm"):
+    with pytest.raises(
+        TypeError, match=r"bn: expected a torch\.nn\.BatchNorm2d, a SyncBatchNorm or None, got GroupNorm"
+    ):
         dlkern.nn.ConvBNAct2d(3, 4, norm_layer=lambda n: nn.GroupNorm(1, n))
     with pytest.raises(ValueError, match="bn: expected 4 features like conv, got 5"):
         dlkern.nn.ConvBNAct2d.from_modules(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5))

@@ -79,7 +79,8 @@ def test_model(name: str) -> None:
             expected -= 2  # the auxiliary head runs in training only
         assert (after.fused - fused, after.fallback - fallback) == (expected, 0)
     fused = after.fused
-    with dlkern.no_fallback(), spied() as calls, torch.no_grad():
+    # inference, every site folded
+    with dlkern.no_fallback(), spied() as calls, torch.no_grad(), dlkern.backend(conv_bn_act="cpu"):
         verified = dlkern.verify(plain, model, x, backward=False, variants=variants)
     assert verified.ok, f"inference\n{verified}"
     assert dlkern.report(model).calls.fused - fused == expected + sum(counts.values()) - with_norm

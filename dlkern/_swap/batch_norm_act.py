@@ -32,9 +32,11 @@ def is_timm_norm(m: nn.Module) -> bool:
 
 
 def is_norm(m: nn.Module) -> bool:
-    """A BatchNorm that this rule knows how to run: torch.nn's own forward, or timm's BatchNormAct2d."""
+    """A BatchNorm that this rule knows how to run: torch.nn's own forward (or SyncBatchNorm's), or timm's."""
     if isinstance(m, LazyModuleMixin):
         return False
+    if isinstance(m, nn.SyncBatchNorm):
+        return type(m).forward is nn.SyncBatchNorm.forward
     return is_timm_norm(m) or (isinstance(m, _BatchNorm) and type(m).forward is _BatchNorm.forward)
 
 
@@ -371,16 +373,25 @@ def fits(norm: Any, x: Any, residual: Any) -> bool:
         and residual.device == x.device
     ):
         return False
+    synchronised = False
     # what the norm itself refuses, it shall refuse in its own words
     if isinstance(norm, nn.BatchNorm2d):
         right_rank = ndim == 4
     elif isinstance(norm, nn.BatchNorm1d):
         right_rank = ndim == 2 or ndim == 3
+    elif isinstance(norm, nn.SyncBatchNorm):
+        right_rank = ndim >= 2 and shape[1] > 0
+        synchronised = layer.sync_group(norm) is not None
     else:
         right_rank = isinstance(norm, nn.BatchNorm3d) and ndim == 5
     if not right_rank or shape[1] != norm.num_features:
         return False
-    if norm.training and x.numel() <= shape[1]:
+    if synchronised:
+        # A graph cannot hold the collectives of an autograd function; any batch will do, an empty one, too, since
+        # the other ranks wait for this one.
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+            return False
+    elif norm.training and x.numel() <= shape[1]:
         return False
     like = layer.own(norm, norm._parameters, "weight")
     if like is None:

@@ -19,6 +19,7 @@ from dlkern.functional import DTYPES, HALF_DTYPES
 from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference.conv_bn_act import Convolution
 from dlkern.nn import conv_bn_act as layer
+from dlkern.nn.batch_norm_act import own
 from dlkern.ops import conv_bn_act as op
 
 from . import batch_norm_act, runtime
@@ -28,6 +29,7 @@ from .witness import has_hooks
 
 KIND = "conv_bn_act"
 IDENTITY = Activation("identity")
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def match(
@@ -85,7 +87,7 @@ class _Convolutions:
 
     def extend(self, site: Site) -> None:
         """Give a site the convolution whose output it takes."""
-        if not self._is_convolution(site.source) or not isinstance(self.matcher.module(site.span[0]), nn.BatchNorm2d):
+        if not self._is_convolution(site.source) or not isinstance(self.matcher.module(site.span[0]), NORMS):
             return
         if len(site.span) == 1 or not self._unwritten(site.path, site.source, site.span[-1]):
             return
@@ -112,7 +114,7 @@ class _Convolutions:
             if (
                 target in taken
                 or self.calls[target] != 1
-                or not isinstance(norm, nn.BatchNorm2d)
+                or not isinstance(norm, NORMS)
                 or not _is_linear(norm)
                 or has_hooks(norm)
                 or len(user.args) != 1
@@ -169,37 +171,44 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         return False
     if not torch.compiler.is_compiling() and (torch._C._get_tracing_state() is not None or x.is_neg()):
         return False  # torch.jit.trace would not see what the op does
-    if x.dim() != 4:
-        return False
+    if x.dim() != 4 or (isinstance(norm, nn.SyncBatchNorm) and norm.training):
+        return False  # other ranks' statistics are batch_norm_act's business
     parameters = conv._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or torch.is_autocast_enabled(x.device.type):
         return False
     if norm is not None and conv._buffers.get(layer.FOLDED_WEIGHT) is not None:
         return True
+    forced = dispatch.forced(op.NAME)
     saves = op.wants_gradient(x, weight, bias)
-    if saves and dispatch.forced(op.NAME) is None:
+    if saves and forced is None:
         return False  # training: PyTorch's own convolution
-    if weight.dtype != x.dtype or x.dtype not in DTYPES or weight.device != x.device or x.size(1) != conv.in_channels:
+    dtype, device = x.dtype, x.device
+    if weight.dtype != dtype or dtype not in DTYPES or weight.device != device or x.size(1) != conv.in_channels:
         return False
     like, kind = None, "none"
     if norm is not None:
+        mean = own(norm, norm._buffers, "running_mean")
+        gamma = own(norm, norm._parameters, "weight")
         if norm.num_features != conv.out_channels:
             return False
-        kind = "batch" if norm.training or norm.running_mean is None else "running"
-        like = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
+        kind = "batch" if norm.training or mean is None else "running"
+        if kind == "batch" and forced is None:
+            return False
+        like = mean if gamma is None else gamma
         if like is not None and (
-            like.device != x.device
-            or (like.dtype != x.dtype and not (like.dtype == torch.float32 and x.dtype in HALF_DTYPES))
+            like.device != device
+            or (like.dtype != dtype and not (like.dtype == torch.float32 and dtype in HALF_DTYPES))
         ):
             return False
-        saves = saves or op.wants_gradient(norm.weight, norm.bias)
-    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        saves = saves or op.wants_gradient(gamma, own(norm, norm._parameters, "bias"))
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     convolution = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
-    if min(convolution.output_size(x, weight)) < 1:
+    size = convolution.output_size(x, weight)
+    if size[2] < 1 or size[3] < 1:
         return False  # refused by PyTorch in its own words
-    request = op.request_of(x, weight, like, convolution, kind, saves, residual, activation.name)
+    request = op.request_of(x, weight, like, convolution, size, kind, saves, residual, activation.name)
     return dispatch.choose(op.NAME, request).backend != "torch"
 
 

@@ -109,13 +109,18 @@ def conv_act(
     padding_mode: str = "zeros",
     activation: str | nn.Module | Activation = "relu",
     residual: Tensor | None = None,
+    constant_weight: bool = False,
 ) -> Tensor:
-    """``activation(conv2d(x, weight, bias) + residual)``; arguments and errors as in :func:`conv_bn_act`."""
+    """``activation(conv2d(x, weight, bias) + residual)``; arguments and errors as in :func:`conv_bn_act`.
+
+    ``constant_weight`` promises that this weight tensor never changes its values: in inference a backend
+    may then keep a copy of it in an order of its own.
+    """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias)
     return _apply(
         x, weight, bias, None, None, residual, None, None,
-        stride, padding, dilation, groups, padding_mode, "none", 0.0, 0.0, activation,
+        stride, padding, dilation, groups, padding_mode, "none", 0.0, 0.0, activation, False, constant_weight,
     )  # fmt: skip
 
 
@@ -138,6 +143,7 @@ def _apply(
     eps: float,
     activation: str | nn.Module | Activation,
     memory_efficient: bool = False,
+    constant_weight: bool = False,
 ) -> Tensor:
     act = activations.resolve(activation)
     steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
@@ -165,7 +171,7 @@ def _apply(
             raise RuntimeError(f"residual: expected device {x.device} like x, got {residual.device}")
     y = _conv_bn_act.apply(
         x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var,
-        convolution, norm, momentum, eps, act, memory_efficient,
+        convolution, norm, momentum, eps, act, memory_efficient, constant_weight,
     )  # fmt: skip
     return y.squeeze(0) if unbatched else y
 
@@ -227,6 +233,10 @@ def _check_channels(x: Tensor, weight: Tensor, groups: int) -> None:
 
 
 def _pair(name: str, value: Size, least: int) -> tuple[int, int]:
+    if type(value) is tuple and len(value) == 2:
+        first, second = value
+        if type(first) is int and type(second) is int and first >= least and second >= least:
+            return value  # type: ignore[return-value]
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) == 1:
         pair = pair * 2
@@ -243,6 +253,8 @@ def padded(
     Raises:
         ValueError: an unknown padding string or mode, or "same" with a stride.
     """
+    if mode == "zeros" and not isinstance(padding, str):
+        return x, _pair("padding", padding, 0)
     if mode not in PADDING_MODES:
         raise ValueError(f"padding_mode: expected one of {', '.join(PADDING_MODES)}, got {mode!r}")
     if isinstance(padding, str):

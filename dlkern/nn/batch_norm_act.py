@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlkern import activations, functional
+from dlkern.functional.batch_norm_act import _check_batch_norm_act
 from dlkern.kernels.activation import Activation
+from dlkern.kernels.reference import activation as reference_activation
+from dlkern.ops import sync_batch_norm
 
 
 class State(NamedTuple):
@@ -50,7 +54,14 @@ def begin(norm: _BatchNorm) -> State:
 
 
 def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor | None = None) -> Tensor:
-    """What ``activation(norm(x) + residual)`` computes, by the fused op."""
+    """What ``activation(norm(x) + residual)`` computes, by the fused op.
+
+    A SyncBatchNorm in training that has several ranks to share statistics with takes them from all of them, on the
+    CPU, too, where PyTorch's own refuses to. All ranks must then make the call.
+    """
+    group = sync_group(norm)
+    if group is not None:
+        return _synchronised(norm, x, activation, residual, group)
     state = begin(norm)
     try:
         return functional.batch_norm_act(
@@ -68,6 +79,39 @@ def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor 
     except (TypeError, ValueError, RuntimeError):  # refused: nothing ran
         state.refused()
         raise
+
+
+def sync_group(norm: nn.Module) -> Any:
+    """The process group whose statistics a call of this norm takes now; None where its own batch is all.
+
+    Only a torch.nn.SyncBatchNorm in training mode has one, where torch.distributed is initialised and this process
+    is not alone.
+    """
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _synchronised(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor | None, group: Any) -> Tensor:
+    """``apply`` over the ranks of a process group."""
+    norm._check_input_dim(x)
+    backend = sync_batch_norm.choose(x, residual is not None, activation)
+    if backend == "torch" and x.device.type != "cpu":  # on the CPU PyTorch has none of its own
+        z = norm(x)
+        return reference_activation.forward(z if residual is None else z + residual, activation)
+    state = begin(norm)
+    statistics, parameters = (state.running_mean, state.running_var), (state.weight, state.bias)
+    try:
+        _check_batch_norm_act(x, *statistics, *parameters, residual)
+    except (TypeError, ValueError, RuntimeError):
+        state.refused()
+        raise
+    return sync_batch_norm.apply(
+        x, *parameters, residual, *statistics, state.momentum, norm.eps, activation, group, backend
+    )
 
 
 def own(norm: nn.Module, table: dict[str, Any], name: str) -> Any:

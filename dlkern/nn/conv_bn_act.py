@@ -44,9 +44,11 @@ def apply(
     if folded is not None and norm is not None and not torch.is_autocast_enabled(x.device.type):
         if norm.training:
             raise RuntimeError("a frozen batch norm is in training mode; call dlkern.unfreeze(model) before training")
-        return functional.conv_act(x, folded, conv._buffers[FOLDED_BIAS], **geometry)
+        return functional.conv_act(x, folded, conv._buffers[FOLDED_BIAS], **geometry, constant_weight=True)
     if norm is None:
         return functional.conv_act(x, weight, bias, **geometry)
+    if batch_norm_act.sync_group(norm) is not None:
+        return batch_norm_act.apply(norm, conv(x), activation, residual)
     state = batch_norm_act.begin(norm)
     try:
         return functional.conv_bn_act(
@@ -79,7 +81,7 @@ class ConvBNAct2d(nn.Module):
 
     Args:
         padding: None for half of the kernel's reach, so that stride 1 keeps the size of odd kernels.
-        norm_layer: torch.nn.BatchNorm2d, a subclass or function that makes one, or None.
+        norm_layer: torch.nn.BatchNorm2d, a subclass or function that makes one, SyncBatchNorm, or None.
         activation_layer: what makes the activation (torch.nn.ReLU), its name ("relu"), or None.
         inplace: taken for torchvision's sake; nothing is written in place.
         bias: None for a bias where there is no norm.
@@ -87,7 +89,7 @@ class ConvBNAct2d(nn.Module):
 
     Raises:
         ValueError: an unknown activation, or an input that does not fit.
-        TypeError: a norm_layer that makes something other than a BatchNorm2d.
+        TypeError: a norm_layer that makes something other than a BatchNorm2d or SyncBatchNorm.
     """
 
     def __init__(
@@ -155,10 +157,9 @@ class ConvBNAct2d(nn.Module):
     def _take(self, conv: nn.Conv2d, norm: Any, activation: Any, memory_efficient: bool) -> None:
         if type(conv).forward is not nn.Conv2d.forward:
             raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__name__}")
-        if norm is not None and not (
-            isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.modules.batchnorm._BatchNorm.forward
-        ):
-            raise TypeError(f"bn: expected a torch.nn.BatchNorm2d or None, got {type(norm).__name__}")
+        plain = isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.modules.batchnorm._BatchNorm.forward
+        if norm is not None and not plain and type(norm) is not nn.SyncBatchNorm:
+            raise TypeError(f"bn: expected a torch.nn.BatchNorm2d, a SyncBatchNorm or None, got {type(norm).__name__}")
         if norm is not None and norm.num_features != conv.out_channels:
             raise ValueError(f"bn: expected {conv.out_channels} features like conv, got {norm.num_features}")
         activations.resolve(activation)

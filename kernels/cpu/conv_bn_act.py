@@ -9,11 +9,13 @@ Source: Jacob et al., "Quantization and Training of Neural Networks for Efficien
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import layout
 from ..activation import Activation
 from ..reference import conv_bn_act as reference
 from ..reference.conv_bn_act import Convolution, Needs, Request
@@ -101,6 +103,36 @@ def convolve(
     return op.binary(
         x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, unary, scalars, algorithm
     )
+
+
+#: Weights that do not change, in oneDNN's own order, by the address of the tensor object: (the tensor, the copy).
+_arranged: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+
+def convolve_constant(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    convolution: Convolution,
+    activation: Activation,
+) -> Tensor:
+    """``convolve`` for a weight that is the same tensor with the same values at each call.
+
+    With x in channels_last a copy of the weight in the order that oneDNN wants is kept (for as long as the
+    tensor lives), where else oneDNN makes one at each call. The copy is made for the first x's shape.
+    """
+    if not layout.is_channels_last(x) or x.is_contiguous():  # such a weight makes the output channels_last
+        return convolve(x, weight, bias, residual, convolution, activation)
+    entry = _arranged.get(id(weight))
+    if entry is None or entry[0]() is not weight:
+        stride, padding, dilation, groups = convolution
+        ours = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, x.shape
+        )
+        key = id(weight)
+        entry = _arranged[key] = weakref.ref(weight, lambda _: _arranged.pop(key, None)), ours
+    return convolve(x, entry[1], bias, residual, convolution, activation)
 
 
 def forward(

@@ -36,13 +36,15 @@ class Convolution(NamedTuple):
 
     def output_size(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
         """(N, K, OH, OW)."""
-        height, width = (
-            (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-            for size, taps, stride, padding, dilation in zip(
-                x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
-            )
+        n, _, height, width = x.shape
+        k, _, r, s = weight.shape
+        (step_h, step_w), (pad_h, pad_w), (spread_h, spread_w), _ = self
+        return (
+            n,
+            k,
+            (height + 2 * pad_h - spread_h * (r - 1) - 1) // step_h + 1,
+            (width + 2 * pad_w - spread_w * (s - 1) - 1) // step_w + 1,
         )
-        return x.size(0), weight.size(0), height, width
 
 
 class Request(NamedTuple):
