@@ -43,6 +43,8 @@ def build(name: str) -> nn.Module:
         return torchvision.models.segmentation.deeplabv3_resnet50(
             weights=None, weights_backbone=None, aux_loss=True, num_classes=5
         )
+    if function == "vgg16_bn":  # without the classifier: 124 million parameters of no interest here
+        return nn.Sequential(torchvision.models.vgg16_bn().features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     kwargs = {"init_weights": False} if function == "inception_v3" else {}
     return getattr(torchvision.models, function)(weights=None, **kwargs)
 
