@@ -44,6 +44,15 @@ def forward(z: Tensor, activation: Activation) -> Tensor:
     raise ValueError(f"unknown activation {name!r}")
 
 
+_INPLACE = {"relu": torch.relu_, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_}
+
+
+def forward_inplace(z: Tensor, activation: Activation) -> Tensor:
+    """act(z) written over z where PyTorch's own backward allows it (it keeps the output), else a new tensor."""
+    write = _INPLACE.get(activation.name)
+    return forward(z, activation) if write is None else write(z)
+
+
 def derivative(z: Tensor, activation: Activation) -> Tensor:
     """act'(z), elementwise, from the activation's input."""
     name, param = activation
