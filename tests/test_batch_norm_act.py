@@ -498,6 +498,13 @@ def test_vmap_and_forward_mode_raise(target: tuple[str, str]) -> None:
                 function(torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(needs), x))
 
 
+def test_vmap_over_the_residual_alone() -> None:
+    x, residuals = torch.randn(2, 3, 4, 5), torch.randn(4, 2, 3, 4, 5)
+    with dlkern.backend("torch"):
+        mapped = torch.func.vmap(lambda r: batch_norm_act(x, None, None, residual=r))(residuals)
+        torch.testing.assert_close(mapped[2], batch_norm_act(x, None, None, residual=residuals[2]))
+
+
 def test_the_torch_backend_keeps_vmap_and_jvp() -> None:
     x = torch.randn(2, 3, 4, 5)
 

@@ -300,6 +300,8 @@ def apply(
         backend = dispatch.first_supporting(NAME, ("cpu", "triton", "reference"), request)
     if backend == "torch" or x.numel() == 0:  # nothing to compute on: PyTorch's own shortcut
         z = F.batch_norm(x, running_mean, running_var, weight, bias, batch_stats, momentum, eps)
+        if torch._C._are_functorch_transforms_active():  # vmap may map over the residual and not over z
+            return reference_activation.forward(z if residual is None else z + residual, activation)
         return reference_activation.forward_inplace(z if residual is None else z.add_(residual), activation)
     inputs = (
         x, weight, bias, residual, running_mean, running_var, batch_stats, momentum, eps, *activation, backend
