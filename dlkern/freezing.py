@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlkern.kernels.cpu.conv_bn_act import fold
 from dlkern.nn.conv_bn_act import FOLDED_BIAS, FOLDED_WEIGHT, ConvBNAct2d
 
-from ._swap import swap
+from ._swap import check, swap
 from ._swap.classes import plan_of
 from ._swap.find import join
 
@@ -36,8 +36,7 @@ def freeze(model: nn.Module) -> nn.Module:
         RuntimeError: a module is in training mode, the model is frozen already, or it holds nothing to
             fold. The model is as it was then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check(model)
     training = [path for path, m in model.named_modules() if m.training]
     if training:
         raise RuntimeError(
@@ -70,8 +69,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
         TypeError: model is no torch.nn.Module.
         RuntimeError: the model is not frozen.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check(model)
     if not is_frozen(model):
         raise RuntimeError("unfreeze: the model is not frozen")
     for module in model.modules():

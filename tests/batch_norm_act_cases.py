@@ -100,7 +100,7 @@ class Results(NamedTuple):
 
 
 # Where the derivative jumps (of elu only when alpha is not 1).
-_KINKS = {
+KINKS = {
     "relu": (0.0,),
     "relu6": (0.0, 6.0),
     "leaky_relu": (0.0,),
@@ -147,13 +147,13 @@ def data(case: Case, device: str) -> Data:
     grad = randn(case.shape).to(case.dtype)
     made = Data(x, weight, bias, residual, running_mean, running_var, grad)
     if case.grad == "expanded":
-        assert case.activation not in _KINKS, "an expanded gradient cannot be masked at kinks"
+        assert case.activation not in KINKS, "an expanded gradient cannot be masked at kinks"
         grad = grad.flatten()[:1].view([1] * x.dim()).expand(x.shape)
     else:
         z, size = _preactivation(case, made)
         margin = 4 * torch.finfo(case.dtype).eps * size  # rounding of z, in PyTorch's own path too
         near = torch.zeros_like(z, dtype=torch.bool)
-        for kink in _KINKS.get(case.activation, ()):
+        for kink in KINKS.get(case.activation, ()):
             near |= (z - kink).abs() <= margin
         assert near.sum() <= 1 + near.numel() // 2, "most of the gradient is masked: the case shows little"
         grad = torch.where(near, torch.zeros_like(grad), grad)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import parity
 import torch
 import torch.nn.functional as F
-from batch_norm_act_cases import EPS, arrange, spied
+from batch_norm_act_cases import EPS, KINKS, arrange, spied
 from guard import guarded
 from torch import Tensor
 
@@ -16,15 +16,6 @@ import dlkern
 from dlkern.kernels.activation import Activation, from_name
 from dlkern.kernels.reference import activation as reference_activation
 
-#: Where the derivative jumps: gradients are not judged there.
-_KINKS = {
-    "relu": (0.0,),
-    "relu6": (0.0, 6.0),
-    "leaky_relu": (0.0,),
-    "hardswish": (-3.0, 3.0),
-    "hardsigmoid": (-3.0, 3.0),
-    "elu": (0.0,),
-}
 _CURVED = ("silu", "gelu", "gelu_tanh", "hardswish", "sigmoid", "tanh", "elu")
 
 
@@ -138,7 +129,7 @@ def data(case: Case, device: str) -> Data:
     made = Data(x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var, randn(out).to(dtype))
     z, size, *_ = _preactivation(case, made)
     near = torch.zeros_like(z, dtype=torch.bool)
-    for kink in _KINKS.get(case.activation, ()):
+    for kink in KINKS.get(case.activation, ()):
         near |= (z - kink).abs() <= 4 * torch.finfo(dtype).eps * size
     assert near.sum() <= 1 + near.numel() // 2, "most of the gradient is masked: the case shows little"
     grad = torch.where(near, torch.zeros_like(made.grad), made.grad)

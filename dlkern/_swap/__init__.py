@@ -61,7 +61,7 @@ def swap(
             model is frozen.
         Whatever filter_fn raises. After an error the model is exactly as it was.
     """
-    _check(model)
+    check(model)
     if memory_format is not None and not isinstance(memory_format, torch.memory_format):
         raise TypeError(f"memory_format: expected a torch.memory_format, got {memory_format!r}")
     unfit = {torch.channels_last: 5, torch.channels_last_3d: 4}
@@ -92,7 +92,7 @@ def unswap(model: nn.Module) -> nn.Module:
         TypeError: model is no torch.nn.Module.
         RuntimeError: somebody made a subclass of a swapped module's class; nothing is changed then.
     """
-    _check(model)
+    check(model)
     with LOCK:
         _refuse_extended(model)
         _refuse_frozen(model)
@@ -110,7 +110,7 @@ def report(model: nn.Module) -> Report:
     Works on copies and unpickled models too: it reads the modules' classes. A model that was never
     swapped has no swapped rows; ``explain`` says what a swap would do.
     """
-    _check(model)
+    check(model)
     made = Report()
     for path, module in model.named_modules():
         plan = plan_of(module)
@@ -135,7 +135,7 @@ def explain(model: nn.Module) -> Report:
 
     Like ``swap`` it traces the model's forwards on proxies, in both modes: no other thread may run the model then.
     """
-    _check(model)
+    check(model)
     with LOCK, _as_unswapped(model):
         findings: Findings = find(model, None)
     made = Report(planned=True)
@@ -166,7 +166,8 @@ def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
     return Row(path, site.kind, choice.backend, choice.reason, owner, site.label)
 
 
-def _check(model: nn.Module) -> None:
+def check(model: nn.Module) -> None:
+    """TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from dlkern import activations, functional
+from dlkern import activations
 from dlkern.kernels.activation import Activation
 from dlkern.nn import batch_norm_act as layer
 
+from . import runtime
 from .trace import INPLACE_OPERATORS, TENSOR, Trace
 from .witness import has_hooks
 
@@ -359,10 +359,8 @@ def leaf_trace(norm: nn.Module) -> tuple[Trace, list[Site]]:
 # --------------------------------------------------------------------------------------- runtime
 def fits(norm: Any, x: Any, residual: Any) -> bool:
     """Whether the fused op takes this call; where not, the stock modules run (and raise as they do)."""
-    if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not isinstance(x, Tensor) or runtime.watched(x):
         return False
-    if not torch.compiler.is_compiling() and (torch._C._get_tracing_state() is not None or x.is_neg()):
-        return False  # torch.jit.trace would not see what the op does
     shape, dtype = x.shape, x.dtype
     ndim = len(shape)
     if residual is not None and not (
@@ -396,11 +394,7 @@ def fits(norm: Any, x: Any, residual: Any) -> bool:
     like = layer.own(norm, norm._parameters, "weight")
     if like is None:
         like = layer.own(norm, norm._buffers, "running_mean")
-    return like is None or (
-        like.device == x.device
-        and (like.dtype == dtype or (like.dtype == torch.float32 and dtype in functional.HALF_DTYPES))
-        and dtype in functional.DTYPES
-    )
+    return runtime.agree(x, like)
 
 
 def fused(norm: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:

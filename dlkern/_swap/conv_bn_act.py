@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
 
 from dlkern import dispatch
-from dlkern.functional import DTYPES, HALF_DTYPES
+from dlkern.functional import DTYPES
 from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference.conv_bn_act import Convolution
 from dlkern.nn import conv_bn_act as layer
 from dlkern.nn.batch_norm_act import own
 from dlkern.ops import conv_bn_act as op
+from dlkern.ops import library
 
 from . import batch_norm_act, runtime
 from .batch_norm_act import Matcher, NotASite, Site
@@ -167,11 +167,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     """
     if type(x) is not Tensor or type(conv) is not nn.Conv2d or not runtime.unhooked(conv):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if not torch.compiler.is_compiling() and (torch._C._get_tracing_state() is not None or x.is_neg()):
-        return False  # torch.jit.trace would not see what the op does
-    if x.dim() != 4 or (isinstance(norm, nn.SyncBatchNorm) and norm.training):
+    if runtime.watched(x) or x.dim() != 4 or (isinstance(norm, nn.SyncBatchNorm) and norm.training):
         return False  # other ranks' statistics are batch_norm_act's business
     parameters = conv._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -180,7 +176,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     if norm is not None and conv._buffers.get(layer.FOLDED_WEIGHT) is not None:
         return True
     forced = dispatch.forced(op.NAME)
-    saves = op.wants_gradient(x, weight, bias)
+    saves = library.wants_gradient(x, weight, bias)
     if saves and forced is None:
         return False  # training: PyTorch's own convolution
     dtype, device = x.dtype, x.device
@@ -196,12 +192,9 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         if kind == "batch" and forced is None:
             return False
         like = mean if gamma is None else gamma
-        if like is not None and (
-            like.device != device
-            or (like.dtype != dtype and not (like.dtype == torch.float32 and dtype in HALF_DTYPES))
-        ):
+        if not runtime.agree(x, like):
             return False
-        saves = saves or op.wants_gradient(gamma, own(norm, norm._parameters, "bias"))
+        saves = saves or library.wants_gradient(gamma, own(norm, norm._parameters, "bias"))
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     convolution = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)

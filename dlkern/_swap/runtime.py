@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from dlkern.functional.dtypes import DTYPES, HALF_DTYPES
 
 #: A plain global, as dispatch's forced backends are: threads of the user's see it.
 _fallback_forbidden = False
@@ -67,6 +70,25 @@ def unhooked(module: Any) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+    )
+
+
+def watched(x: Any) -> bool:
+    """Whether something looks at a call on x that would not see through a fused op: a transform, torch.jit.trace."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and (torch._C._get_tracing_state() is not None or x.is_neg())
+
+
+def agree(x: Tensor, parameter: Tensor | None) -> bool:
+    """Whether a batch norm's parameter, if any, is on x's device and of a dtype that may stand beside x's."""
+    if parameter is None:
+        return True
+    dtype, data = parameter.dtype, x.dtype
+    return (
+        parameter.device == x.device
+        and data in DTYPES
+        and (dtype == data or (dtype == torch.float32 and data in HALF_DTYPES))
     )
 
 

@@ -50,7 +50,7 @@ def batch_norm_act(
         TypeError: a non-floating x, or a mix of dtypes outside the list above.
         RuntimeError: tensors on several devices, or a forced backend that cannot run this.
     """
-    _check_batch_norm_act(x, running_mean, running_var, weight, bias, residual)
+    check(x, running_mean, running_var, weight, bias, residual)
     batch_stats = training or running_mean is None
     if batch_stats and x.numel() == x.shape[1]:
         raise ValueError(f"expected more than 1 value per channel in training, got an input of shape {tuple(x.shape)}")
@@ -68,7 +68,7 @@ def batch_norm_act(
     )
 
 
-def _check_batch_norm_act(
+def check(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -76,6 +76,7 @@ def _check_batch_norm_act(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> None:
+    """Raise ValueError, TypeError or RuntimeError where the tensors of a call do not fit together."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     dtype, device, shape = x.dtype, x.device, x.shape

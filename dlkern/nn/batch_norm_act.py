@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlkern import activations, functional
-from dlkern.functional.batch_norm_act import _check_batch_norm_act
+from dlkern.functional.batch_norm_act import check
 from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference import activation as reference_activation
 from dlkern.ops import sync_batch_norm
@@ -105,7 +105,7 @@ def _synchronised(norm: _BatchNorm, x: Tensor, activation: Activation, residual:
     state = begin(norm)
     statistics, parameters = (state.running_mean, state.running_var), (state.weight, state.bias)
     try:
-        _check_batch_norm_act(x, *statistics, *parameters, residual)
+        check(x, *statistics, *parameters, residual)
     except (TypeError, ValueError, RuntimeError):
         state.refused()
         raise

@@ -254,13 +254,18 @@ class _TransformedFunction(BatchNormActFunction):
         ctx.mark_non_differentiable(*output[1:])
 
 
+def kept_of(residual: Tensor | None, y: Tensor, activation: Activation) -> tuple[Tensor | None, Tensor | None]:
+    """Residual and output as backward is to have them.
+
+    A residual's activation is differentiated from y, which the next layer keeps anyway, where that can be
+    done; else from the pre-activation, computed again from x and the residual.
+    """
+    return (None, y) if residual is not None and gradient_from_output(activation) else (residual, None)
+
+
 def save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, invstd: Tensor) -> None:
     x, weight, bias, residual, _, _, batch_stats, _, eps, activation, param, implementation = inputs
-    kept_y = None
-    if residual is not None and gradient_from_output(Activation(activation, param)):
-        # A residual's activation is differentiated from y, which the next layer keeps anyway, where that can
-        # be done; else from the pre-activation, computed again from x and the residual.
-        residual, kept_y = None, y
+    residual, kept_y = kept_of(residual, y, Activation(activation, param))
     ctx.save_for_backward(x, weight, bias, residual, kept_y, mean, invstd)
     ctx.options = (batch_stats, eps, activation, param, implementation)
     ctx.set_materialize_grads(False)
@@ -309,11 +314,6 @@ def apply(
     # forward mode: a Function without a jvp raises, where an op without one would drop the tangent
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TransformedFunction.apply(*inputs)[0]
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
+    if library.wants_gradient(x, weight, bias, residual):
         return (function or BatchNormActFunction).apply(*inputs)
     return (run_forward if library.unwatched(x) else forward_op)(*inputs)[0]

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from dlkern import dispatch
 from dlkern.kernels import layout
-from dlkern.kernels.activation import Activation, gradient_from_output
+from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference import activation as reference_activation
 from dlkern.kernels.reference import conv_bn_act as reference
 from dlkern.kernels.reference.batch_norm_act import accumulate_dtype
@@ -217,9 +217,7 @@ class ConvBNActFunction(torch.autograd.Function):
         y, c, mean, invstd = (_forward if library.unwatched(inputs[0]) else _forward_op)(*inputs)
         x, weight, bias, bn_weight, bn_bias, residual = inputs[:6]
         stride, padding, dilation, groups, norm, _, eps, activation, param, _, implementation = inputs[8:]
-        kept_y = None
-        if residual is not None and gradient_from_output(Activation(activation, param)):
-            residual, kept_y = None, y
+        residual, kept_y = batch_norm_act.kept_of(residual, y, Activation(activation, param))
         ctx.save_for_backward(x, weight, bias, bn_weight, bn_bias, residual, kept_y, c, mean, invstd)
         ctx.options = (stride, padding, dilation, groups, norm, activation, param)
         ctx.eps, ctx.implementation = eps, implementation
@@ -275,15 +273,6 @@ def _differentiable_backward(
 
 
 # --------------------------------------------------------------------------------- entry point
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want the gradient of one of these."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
 def request_of(
     x: Tensor,
     weight: Tensor,
@@ -335,7 +324,7 @@ def apply(
     constant_weight: bool = False,
 ) -> Tensor:
     """Choose an implementation and run it, with autograd where a gradient is wanted."""
-    saves = wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
+    saves = library.wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
     parameter = bn_weight if bn_weight is not None else running_mean
     size = convolution.output_size(x, weight)
     request = request_of(x, weight, parameter, convolution, size, norm, saves, residual is not None, activation.name)

@@ -34,3 +34,12 @@ def unwatched(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
     )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want the gradient of one of these."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False

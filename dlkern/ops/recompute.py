@@ -48,13 +48,10 @@ class MemoryEfficientFunction(batch_norm_act.BatchNormActFunction):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         run = batch_norm_act.run_forward if library.unwatched(inputs[0]) else batch_norm_act.forward_op
         y, mean, invstd = run(*inputs)
-        batch_norm_act.save(ctx, inputs, y, mean, invstd)
         residual, activation = inputs[3], inputs[9]
         ctx.recomputable = residual is None
         ctx.packed = residual is not None and activation == "relu"
-        if ctx.packed:
-            x, weight, bias = inputs[:3]
-            ctx.save_for_backward(x, weight, bias, None, pack(y), mean, invstd)
+        batch_norm_act.save(ctx, inputs, pack(y) if ctx.packed else y, mean, invstd)
         return y
 
     @staticmethod

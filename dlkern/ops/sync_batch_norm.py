@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from dlkern import dispatch
 from dlkern.kernels import layout
-from dlkern.kernels.activation import Activation, gradient_from_output
+from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference.batch_norm_act import Request, accumulate_dtype
 
 from . import batch_norm_act as local
@@ -158,9 +158,7 @@ class _SyncFunction(torch.autograd.Function):
             y, mean, invstd = _run(
                 x, wide_weight, wide_bias, residual, mean, variance, False, 0.0, eps, activation, param, backend
             )
-        kept_y = None
-        if residual is not None and gradient_from_output(Activation(activation, param)):
-            residual, kept_y = None, y  # as in batch_norm_act
+        residual, kept_y = local.kept_of(residual, y, Activation(activation, param))
         ctx.save_for_backward(x, weight, bias, residual, kept_y, mean, invstd, total)
         ctx.options = (activation, param, group, backend)
         return y

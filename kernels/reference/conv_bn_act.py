@@ -72,11 +72,6 @@ class Request(NamedTuple):
     residual: bool
     activation: str
 
-    @property
-    def convolution(self) -> Convolution:
-        """The geometry."""
-        return Convolution(self.stride, self.padding, self.dilation, self.groups)
-
 
 class Needs(NamedTuple):
     """Which gradients backward makes; ``norm`` is bn_weight's and bn_bias's."""
