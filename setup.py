@@ -79,7 +79,9 @@ class BuildExtension(build_ext):
 here = Path(__file__).parent
 extension = Extension(
     "dlkern._C",
-    sources=["csrc/bindings.cpp", *sorted(p.relative_to(here).as_posix() for p in (here / "csrc/cpu").glob("*.cpp"))],
+    sources=sorted(
+        p.relative_to(here).as_posix() for d in ("bindings", "cpu") for p in (here / "csrc" / d).glob("*.cpp")
+    ),
     depends=sorted(p.relative_to(here).as_posix() for p in (here / "csrc").rglob("*") if p.suffix in (".h", ".inl")),
     include_dirs=["csrc", "csrc/include", "csrc/cpu", pybind11.get_include()],
     language="c++",
