@@ -9,15 +9,23 @@ import torch
 
 import dlkern
 from dlkern.bench import models
+from dlkern.bench.cases.base import DTYPES
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    specs = metafunc.config.getoption("--model") or ["torchvision:resnet50"]
+    metafunc.parametrize("spec", specs)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_model(
-    training: bool, layout: str, benchmark: Any, record: Any, device: torch.device, request: pytest.FixtureRequest
-) -> None:
+    spec: str, training: bool, layout: str, benchmark: Any, record: Any, device: torch.device,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     option = request.config.getoption
-    case = models.ModelCase(option("--model"), training, option("--batch"), option("--image-size"), format=layout)
+    dtype = DTYPES[option("--dtype")]
+    case = models.ModelCase(spec, training, option("--batch"), option("--image-size"), dtype, layout)
     problem = models.ModelProblem(case, device)
     swapped = problem.candidate("swapped")
     results = models.run(problem, compiled=False, min_seconds=option("--min-seconds"), min_rounds=20)

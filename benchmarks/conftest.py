@@ -21,8 +21,11 @@ _rows: list[dict[str, Any]] = []
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dlkern benchmarks")
     group.addoption("--results", action="store_true", help="write benchmarks/results/<device>/<benchmark>.json")
+    group.addoption("--results-dir", metavar="DIR", help="write DIR/<device>/<benchmark>.json instead")
     group.addoption("--min-seconds", type=float, default=1.0, help="least time of one comparison (default 1)")
-    group.addoption("--model", default="torchvision:resnet50", help="model of bench_models.py (default %(default)s)")
+    group.addoption("--results-suffix", default="", metavar="TEXT", help="end of the file's name, before .json")
+    group.addoption("--model", action="append", help="a model of bench_models.py (default torchvision:resnet50)")
+    group.addoption("--dtype", default="float32", help="of bench_models.py; half types by autocast (default float32)")
     group.addoption("--batch", type=int, default=8, help="batch of bench_models.py (default 8)")
     group.addoption("--image-size", type=int, default=128, help="image size of bench_models.py (default 128)")
 
@@ -70,17 +73,17 @@ def record(
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """With --results: one file per benchmark that ran, and only where every row was green."""
-    if not session.config.getoption("--results") or not _rows:
+    into = session.config.getoption("--results-dir")
+    if not (into or session.config.getoption("--results")) or not _rows:
         return
     if exitstatus != pytest.ExitCode.OK:
         print("\nno results file is written: not every row was green")
         return
     about = provenance.gather()
-    device = about["device"]
-    folder = HERE / "results" / "".join(c if c.isalnum() else "-" for c in device).strip("-").lower()
+    folder = Path(into or HERE / "results").resolve() / provenance.folder_name(about["device"])
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(row["benchmark"] for row in _rows):
         rows = [{k: v for k, v in row.items() if k != "benchmark"} for row in _rows if row["benchmark"] == name]
-        path = folder / f"{name}.json"
+        path = folder / f"{name}{session.config.getoption('--results-suffix')}.json"
         path.write_text(json.dumps({"benchmark": name, **about, "rows": rows}, indent=1) + "\n")
-        print(f"\nresults: {path.relative_to(HERE.parent)}")
+        print(f"\nresults: {path.relative_to(HERE.parent) if path.is_relative_to(HERE.parent) else path}")

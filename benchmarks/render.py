@@ -15,10 +15,11 @@ from typing import Any
 
 from dlkern.bench import plot, provenance
 
+from .page import PageError, check, replace
 from .tables import BARS, TABLES
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+MARK = "measured"
 
 
 class Refused(Exception):
@@ -67,8 +68,7 @@ def render(files: dict[Path, dict[str, Any]], pictures: dict[Path, str]) -> str:
             continue
         shown = path.relative_to(HERE.parent) if path.is_relative_to(HERE.parent) else path
         lines += [
-            f"**{facts['benchmark']}** on {about(facts)}; "
-            f"ratios are medians of pairs measured in turn (p20-p80). File: `{shown}`.",
+            f"**{facts['benchmark']}** on {about(facts)}{_how(facts)}. File: `{shown}`.",
             "",
             *TABLES[facts["benchmark"]](facts["rows"]),
             "",
@@ -76,6 +76,11 @@ def render(files: dict[Path, dict[str, Any]], pictures: dict[Path, str]) -> str:
         if path in pictures:
             lines += [f"![{facts['benchmark']} on {facts['device']}]({pictures[path]})", ""]
     return "\n".join(lines)
+
+
+def _how(facts: dict[str, Any]) -> str:
+    compared = any(row.get("measured", {}).get("ratio") for row in facts["rows"])
+    return "; ratios are medians of pairs measured in turn (p20-p80)" if compared else ""
 
 
 def draw(files: dict[Path, dict[str, Any]], folder: Path) -> dict[Path, Path]:
@@ -101,30 +106,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="README.md", help="put the tables between this file's marks")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="a picture per file; with --write, shown in the page")
     arguments = parser.parse_args(argv)
-    paths = arguments.files or sorted((HERE / "results").glob("*/*.json"))
+    paths = arguments.files or [p for p in sorted((HERE / "results").glob("*/*.json")) if p.name != "support.json"]
     if not paths:
         return _fail("benchmarks/results holds no file; run pytest benchmarks --results", 1)
-    page = None
-    if arguments.write is not None:
-        if not arguments.write.is_file():
-            return _fail(f"--write {arguments.write}: there is no such file", 2)
-        page = arguments.write.read_text()
-        if page.count(BEGIN) != 1 or page.count(END) != 1:
-            return _fail(f"{arguments.write} needs the lines {BEGIN} and {END}, once each", 2)
     try:
+        if arguments.write is not None:
+            check(arguments.write, MARK)
         files = {path.resolve(): load(path) for path in paths}
-    except Refused as error:
+    except (Refused, PageError) as error:
         return _fail(error, 2)
     drawn = draw(files, arguments.plot) if arguments.plot is not None else {}
     for path in drawn.values():
         print(f"picture: {path}", file=sys.stderr)
-    if page is None:
+    if arguments.write is None:
         print(render(files, {}))
         return 0
     folder = arguments.write.resolve().parent
     links = {path: Path(os.path.relpath(picture.resolve(), folder)).as_posix() for path, picture in drawn.items()}
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    arguments.write.write_text(f"{before}{BEGIN}\n{render(files, links)}\n{END}{after}")
+    replace(arguments.write, MARK, render(files, links))
     return 0
 
 

@@ -142,6 +142,12 @@ def _model_bars(rows: Rows) -> list[Bar]:
     ]
 
 
+def device(rows: Rows) -> list[str]:
+    """The device's own ceilings."""
+    lines = [[row["what"], f"{row['rate']:.4g} {row['unit']}"] for row in rows]
+    return table(["what", "median rate"], lines)
+
+
 # -------------------------------------------------------------------------------- dlkern bench
 def suite(rows: Rows) -> list[str]:
     """The file that ``dlkern bench --json`` writes."""
@@ -173,6 +179,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "batch_norm_act": batch_norm_act,
     "conv_bn_act": conv_bn_act,
     "call_overhead": call_overhead,
+    "device": device,
     "models": models,
     "suite": suite,
 }

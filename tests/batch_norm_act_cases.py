@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
+import evidence
 import parity
 import pytest
 import torch
@@ -314,3 +315,4 @@ def check(case: Case, target: tuple[str, str]) -> None:
             like = getattr(peer, name)
             assert result.dtype == like.dtype, f"{name}: {result.dtype}, PyTorch's {like.dtype}"
             parity.assert_parity(name, result, true, getattr(floors, name), peer=like)
+    evidence.record("batch_norm_act", target[1], case.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,33 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA and importlib.util.find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
 
+import evidence  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+from dlkern.bench import provenance  # noqa: E402
+
+#: More random cases than the tests ask for, as on a machine that is borrowed to find what others do not.
+EXAMPLES_TIMES = int(os.environ.get("DLKERN_EXAMPLES_TIMES", "1"))
 
 settings.register_profile("dlkern", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("dlkern")
 
 _left_out: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dlkern")
+    group.addoption("--evidence", metavar="FILE", help="write what the tests have shown of each op (tests/evidence.py)")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    path = session.config.getoption("--evidence")
+    if path is None or not evidence.rows():
+        return
+    if exitstatus != pytest.ExitCode.OK:
+        print(f"\n{path} is not written: not every test was green")
+        return
+    evidence.write(Path(path), provenance.gather())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

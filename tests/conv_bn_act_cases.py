@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import evidence
 import parity
 import torch
 import torch.nn.functional as F
@@ -233,6 +234,7 @@ def check(case: Case, target: tuple[str, str], *, gradients: bool = True) -> Non
     """Run the case and hold every output and gradient to the parity rule."""
     results = run(case, target, gradients=gradients)
     judge(case, target[0], results)
+    evidence.record("conv_bn_act", target[1], case.dtype)
 
 
 def judge(case: Case, device: str, results: Results) -> None:

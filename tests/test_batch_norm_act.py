@@ -8,7 +8,7 @@ import parity
 import pytest
 import torch
 from batch_norm_act_cases import Case, check, data, every_target, run, spied
-from conftest import HAS_CUDA
+from conftest import EXAMPLES_TIMES, HAS_CUDA
 from guard import guarded
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -129,19 +129,19 @@ def cases(draw: st.DrawFn) -> Case:
 _RANDOM = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
 
 
-@settings(max_examples=120, **_RANDOM)
+@settings(max_examples=120 * EXAMPLES_TIMES, **_RANDOM)
 @given(case=cases())
 def test_random_configurations_reference(case: Case) -> None:
     check(case, ("cpu", "reference"))
 
 
-@settings(max_examples=150, **_RANDOM)
+@settings(max_examples=150 * EXAMPLES_TIMES, **_RANDOM)
 @given(case=cases())
 def test_random_configurations_cpu(case: Case) -> None:
     check(case, ("cpu", "cpu"))
 
 
-@settings(max_examples=20, **_RANDOM)
+@settings(max_examples=20 * EXAMPLES_TIMES, **_RANDOM)
 @given(case=cases())
 def test_random_configurations_triton(case: Case) -> None:
     check(case, ("cuda" if HAS_CUDA else "cpu", "triton"))

@@ -16,6 +16,7 @@ from dlkern.bench import measure, provenance
 from dlkern.bench.cases import conv_bn_act
 
 ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def test_commit_of_a_clone_and_of_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,15 +69,15 @@ def render(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_render_makes_tables_and_pictures(render: Any, tmp_path: Path) -> None:
     source, page = tmp_path / "models.json", tmp_path / "README.md"
     source.write_text(json.dumps(complete()))
-    page.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert render.main([str(source), "--write", str(page), "--plot", str(tmp_path / "pictures")]) == 0
     text = page.read_text()
     assert "old" not in text
-    assert text.startswith(f"before\n{render.BEGIN}\n**models** on ")
+    assert text.startswith(f"before\n{BEGIN}\n**models** on ")
     assert "commit 0123456789" in text
     assert "| torchvision:resnet18, training step | 2x3x32x32 | nchw |" in text
     assert "plain / plain again" in text
-    assert text.endswith(f"{render.END}\nafter\n")
+    assert text.endswith(f"{END}\nafter\n")
     (picture,) = (tmp_path / "pictures").iterdir()
     assert f"](pictures/{picture.name})" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -132,7 +133,7 @@ def test_render_refuses_figures_without_provenance(
     inner[path[-1]] = value
     source, page = tmp_path / "models.json", tmp_path / "README.md"
     source.write_text(json.dumps(facts))
-    before = f"{render.BEGIN}\nold\n{render.END}\n"
+    before = f"{BEGIN}\nold\n{END}\n"
     page.write_text(before)
     assert render.main([str(source), "--write", str(page)]) == 2
     printed = capsys.readouterr().err

@@ -65,6 +65,14 @@ def measured(
             if peak is not None:
                 result.peak[name] = peak
         if row != "eager":
-            result.comparison = measure.compare({"eager": eager, row: step}, device=device, min_seconds=min_seconds)
+            result.comparison = _compared({"eager": eager, row: step}, device, min_seconds)
         if then is not None:
             then(step)
+
+
+def _compared(steps: dict[str, Callable[[], object]], device: torch.device, min_seconds: float) -> measure.Comparison:
+    """The calls in turn: on a GPU as replays of CUDA graphs, on a cold cache as in a whole step."""
+    if device.type != "cuda":
+        return measure.compare(steps, device=device, min_seconds=min_seconds)
+    replays = {name: measure.graphed(step) for name, step in steps.items()}
+    return measure.compare(replays, device=device, min_seconds=min_seconds, cold_cache=True)

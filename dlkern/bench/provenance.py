@@ -24,6 +24,11 @@ def device_name(device_type: str | None = None) -> str:
     return torch.cuda.get_device_name() if cuda else info.cpu()["model"]
 
 
+def folder_name(device: str) -> str:
+    """The folder of benchmarks/results that holds a device's files."""
+    return "".join(c if c.isalnum() else "-" for c in device).strip("-").lower()
+
+
 def gather(device_type: str | None = None) -> dict[str, Any]:
     """All of it, as plain values that JSON can hold."""
     return {
