@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -53,6 +53,7 @@ class Case:
     them, in the same order. ``terms(problem)`` has the sums of absolute terms behind each result by name (see
     :mod:`dlkern.bench.parity`). ``target`` is the least wanted ratio of eager's time to dlkern's, or None. ``quick``
     cases are in the suite that ``dlkern bench`` runs by default. ``facts`` tell rows of a results file apart.
+    ``peers`` are fused calls of other libraries by row: what they make is called as the plain module is.
     """
 
     op: str
@@ -69,6 +70,7 @@ class Case:
     target: float | None
     quick: bool
     facts: Mapping[str, Any]
+    peers: Mapping[str, Callable[[Plain], nn.Module]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         words = [self.label, self.format, "training" if self.training else "inference", dtype_name(self.dtype)]
@@ -79,8 +81,8 @@ class Problem:
     """A case's inputs on a device, and the rows' calls on them.
 
     A row is "eager", "compile" (torch.compile of the plain module), "dlkern" (dlkern's module with the backend
-    that dispatch chooses) or "dlkern-BACKEND" (with that backend forced). The call is the forward, and in
-    training the backward to every input and parameter.
+    that dispatch chooses), "dlkern-BACKEND" (with that backend forced) or one of the case's peers. The
+    call is the forward, and in training the backward to every input and parameter.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -111,12 +113,16 @@ class Problem:
     def module(self, row: str) -> nn.Module:
         """A fresh module for a row."""
         plain = copy.deepcopy(self.reference)
-        if not row.startswith("dlkern"):
-            if row == "compile":
-                torch._dynamo.reset()
-                plain.compile(dynamic=False)
-            return plain
-        return self.case.fused(plain).train(self.case.training)
+        if row.startswith("dlkern"):
+            return self.case.fused(plain).train(self.case.training)
+        if row == "compile":
+            torch._dynamo.reset()
+            plain.compile(dynamic=False)
+        elif row != "eager":
+            if row not in self.case.peers:
+                raise Unsupported(f"{row} has no call of its own for {self.case}")
+            return self.case.peers[row](plain).train(self.case.training)
+        return plain
 
     def step(self, module: nn.Module, *, wide: bool = False) -> Step:
         """The timed call; ``wide``: on the inputs in float64."""

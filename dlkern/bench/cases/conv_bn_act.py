@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import dlkern.nn
 
@@ -93,6 +94,7 @@ def _case(
             "training": training,
             "dtype": dtype_name(dtype),
         },
+        peers={"cudnn": _Cudnn} if device_type == "cuda" and not training else {},
     )
 
 
@@ -107,3 +109,27 @@ def _plain(at: Shape) -> Plain:
 def _fused(plain: Plain) -> nn.Module:
     assert plain.conv is not None
     return dlkern.nn.ConvBNAct2d.from_modules(plain.conv, plain.bn, "relu")
+
+
+class _Cudnn(nn.Module):
+    """cuDNN's fused convolution + bias (+ addition) + ReLU, with the batch norm folded into it once."""
+
+    def __init__(self, plain: Plain) -> None:
+        super().__init__()
+        conv, bn = plain.conv, plain.bn
+        assert conv is not None
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight.float(), None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+        )
+        layout = torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last) else None
+        self.weight = nn.Parameter(weight.to(conv.weight.dtype, memory_format=layout or torch.contiguous_format))
+        self.bias = nn.Parameter(bias.to(conv.weight.dtype))
+        assert not isinstance(conv.padding, str)
+        self.geometry: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
+        return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self.geometry)
