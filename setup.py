@@ -2,6 +2,7 @@
 
 Without a compiler, or where the compilation fails, dlkern installs without its CPU kernels and says so
 (here, with ``pip install -v``, and in ``dlkern info``). DLKERN_REQUIRE_EXTENSION=1 makes that an error.
+The CUDA kernels are built where nvcc is found; csrc/build_cuda.py has what the environment says about them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+here = Path(__file__).resolve().parent
+sys.path.insert(0, str(here / "csrc"))
+import build_cuda  # noqa: E402
 
 REQUIRED = os.environ.get("DLKERN_REQUIRE_EXTENSION", "0") not in ("", "0")
 
@@ -51,6 +56,7 @@ class BuildExtension(build_ext):
     """build_ext that explains a failure and goes on without the extension."""
 
     def build_extension(self, ext: Extension) -> None:
+        build_cuda.wanted(), build_cuda.architectures()  # a variable that makes no sense is an error, not a warning
         try:
             if platform.system() == "Windows":
                 raise RuntimeError("the CPU kernels need GCC or Clang (vector extensions): not built on Windows")
@@ -61,9 +67,13 @@ class BuildExtension(build_ext):
             if compiles(compiler, "-fopenmp"):
                 ext.extra_compile_args.append("-fopenmp")
                 ext.extra_link_args = ["-fopenmp"]
-            super().build_extension(ext)
+            build_cuda.add_kernels(ext, self.build_temp)
+            from pybind11.setup_helpers import ParallelCompile
+
+            with ParallelCompile("DLKERN_BUILD_JOBS", default=os.cpu_count() or 1):
+                super().build_extension(ext)
         except Exception as error:
-            if REQUIRED:
+            if REQUIRED or build_cuda.wanted():
                 raise
             rule = "*" * 100
             print(
@@ -76,13 +86,14 @@ class BuildExtension(build_ext):
             )
 
 
-here = Path(__file__).parent
 extension = Extension(
     "dlkern._C",
     sources=sorted(
         p.relative_to(here).as_posix() for d in ("bindings", "cpu") for p in (here / "csrc" / d).glob("*.cpp")
     ),
-    depends=sorted(p.relative_to(here).as_posix() for p in (here / "csrc").rglob("*") if p.suffix in (".h", ".inl")),
+    depends=sorted(
+        p.relative_to(here).as_posix() for p in (here / "csrc").rglob("*") if p.suffix in (".h", ".inl", ".cu", ".cuh")
+    ),
     include_dirs=["csrc", "csrc/include", "csrc/cpu", pybind11.get_include()],
     language="c++",
     optional=not REQUIRED,
@@ -95,5 +106,5 @@ setup(
         *(f"dlkern.kernels.{name}" for name in find_packages("kernels")),
     ],
     ext_modules=[extension],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_py": build_cuda.BuildPython},
 )

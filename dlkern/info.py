@@ -22,13 +22,19 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
     }
     for name in ("torchvision", "timm", "triton", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+        found[name] = _version(name)
+    found["cupy"] = next(filter(None, map(_version, ("cupy-cuda13x", "cupy-cuda12x", "cupy"))), None)
     found["cuda runtime"] = torch.version.cuda
     found["cuda driver"] = _cuda_driver()
     return found
+
+
+def _version(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cuda_driver() -> str | None:

@@ -26,7 +26,7 @@ from dlkern.kernels.reference import activation as reference_activation
 #: Where each implementation is tested: (device, backend). Without a GPU Triton runs in its interpreter.
 TARGETS: list[Any] = [("cpu", "reference"), ("cpu", "cpu")]
 if HAS_CUDA:
-    TARGETS += [pytest.param(("cuda", name), marks=pytest.mark.gpu) for name in ("reference", "triton")]
+    TARGETS += [pytest.param(("cuda", name), marks=pytest.mark.gpu) for name in ("reference", "triton", "cuda")]
 else:
     TARGETS.append(("cpu", "triton"))
 

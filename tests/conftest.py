@@ -1,4 +1,4 @@
-"""Shared set-up: where there is no GPU, Triton kernels run in its interpreter."""
+"""Shared set-up: where there is no GPU, Triton kernels run in its interpreter and numba's in its simulator."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA and importlib.util.find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
+if not HAS_CUDA:
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when numba is imported
 
 import evidence  # noqa: E402
 from hypothesis import settings  # noqa: E402

@@ -1,14 +1,8 @@
-"""Every launch configuration of the Triton kernels: right against float64, and compiled for GPUs without one."""
+"""Every launch configuration of the Triton kernels: right against float64 (tests/aot compiles them for GPUs)."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,27 +98,3 @@ def test_the_heuristic_wastes_little(monkeypatch: pytest.MonkeyPatch) -> None:
             plan = tiles.plan(x, reduction=False)
             covered = plan.channel_blocks * plan.sizes[3] * plan.launch.block_r * plan.launch.block_k
             assert x.numel() / covered >= 2 / 3, (channels, side, memory_format, plan.launch, layout.of(x))
-
-
-_MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
-
-
-@pytest.mark.slow
-def test_every_configuration_compiles_without_spills() -> None:
-    """Ahead of time, for compute capability 8.0 and 9.0, in a process without the interpreter."""
-    if importlib.util.find_spec("triton.backends.nvidia") is None:
-        pytest.fail("this triton has no NVIDIA compiler")
-    here = Path(__file__).parent
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), *filter(None, sys.path)])
-    out = subprocess.run(
-        [sys.executable, str(here / "aot_compile.py")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert out.returncode == 0, out.stderr[-4000:]
-    rows = json.loads(out.stdout)
-    assert len(rows) > 4 * (len(ROWS) + len(PLANES))
-    spilled = [row for row in rows if row["stack"] or row["local"]]
-    assert not spilled, spilled
-    too_large = [row for row in rows if row["shared"] > _MAX_SHARED[row["arch"]]]
-    assert not too_large, too_large
-    assert {row["arch"] for row in rows} == set(_MAX_SHARED)

@@ -1,5 +1,6 @@
 // The module dlkern._C: functions over addresses, sizes and codes. It knows nothing of torch; the launchers in
 // kernels/ own all checks and all allocation. Addresses are integers, 0 for "not given".
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -41,7 +42,15 @@ py::dict build_info() {
 #endif
   info["cpu_isa_compiled"] = compiled;
   info["cpu_isa_active"] = name(dlkern::cpu::active_isa());
-  info["cuda_architectures"] = py::list();
+  py::list architectures;
+#ifdef DLKERN_CUDA_ARCHITECTURES
+  std::istringstream words(DLKERN_CUDA_ARCHITECTURES);
+  for (std::string word; words >> word;) architectures.append(word);
+  info["nvcc"] = DLKERN_NVCC_VERSION;
+#else
+  info["nvcc"] = py::none();
+#endif
+  info["cuda_architectures"] = architectures;
   return info;
 }
 
@@ -50,6 +59,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of dlkern over raw addresses; call them through dlkern.kernels.";
   dlkern::bindings::batch_norm_act(m);
+  dlkern::bindings::cuda(m);
   m.def("build_info", &build_info, "How this module was built, and which instruction set its CPU kernels use.");
   m.def("set_isa", &set_isa, "Make the CPU kernels use 'portable', 'avx2' or the 'best' of this processor.");
 }

@@ -45,6 +45,8 @@ OP = dispatch.register(
             "reference": "dlkern.kernels.reference.batch_norm_act",
             "cpu": "dlkern.kernels.cpu.batch_norm_act",
             "triton": "dlkern.kernels.triton.batch_norm_act",
+            "cuda": "dlkern.kernels.cuda.batch_norm_act",
+            "numba": "dlkern.kernels.numba.batch_norm_act",
         },
         _default_order,
     )
