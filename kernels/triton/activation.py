@@ -112,20 +112,32 @@ def gradient(g, z, CODE: tl.constexpr, PARAM: tl.constexpr):
 
 
 @triton.jit
+def _positive(y):
+    """y > 0.
+
+    Not written so: of a y that was widened from float16 LLVM makes a comparison in float16, on which Triton 3.8's code
+    generation for compute capability 9.0 crashes. 1e-45 is rounded to the least positive float32.
+    """
+    if y.dtype == tl.float64:
+        return y > 0
+    return y >= 1e-45
+
+
+@triton.jit
 def gradient_from_output(g, y, CODE: tl.constexpr, PARAM: tl.constexpr):
     """g * act'(z) from y = act(z), where ``kernels.activation.gradient_from_output`` holds."""
     if CODE == RELU:
-        g = tl.where(y <= 0, 0.0, g)
+        g = tl.where(_positive(y) | (y != y), g, 0.0)  # the gradient passes at NaN
     elif CODE == RELU6:
-        g = tl.where((y <= 0) | (y >= 6), 0.0, g)
+        g = tl.where(_positive(y) & (y < 6) | (y != y), g, 0.0)
     elif CODE == LEAKY_RELU:
-        g = tl.where(y > 0, g, g * PARAM)
+        g = tl.where(_positive(y), g, g * PARAM)
     elif CODE == HARDSIGMOID:
-        g = tl.where((y > 0) & (y < 1), g / 6.0, 0.0)
+        g = tl.where(_positive(y) & (y < 1), g / 6.0, 0.0)
     elif CODE == SIGMOID:
         g = g * (y * (1.0 - y))
     elif CODE == TANH:
         g = g * (1.0 - y * y)
     elif CODE == ELU:
-        g = tl.where(y > 0, g, g * (y + PARAM))
+        g = tl.where(_positive(y), g, g * (y + PARAM))
     return g

@@ -297,6 +297,7 @@ def forward(
         _forward_kernel[plan.grid](
             x, _dense1(weight), _dense1(bias), residual, *source, y, mean, invstd, *plan.sizes,
             EPS=eps, CODE=CODES[activation.name], PARAM=activation.param, RUNNING=not batch_stats, **plan.meta,
+            **tiles.registers(x.dtype, activation.name),
         )  # fmt: skip
     return y.to(x.dtype), mean, invstd
 
@@ -318,7 +319,7 @@ def _batch_statistics(
     plan = tiles.plan(x, reduction=True)
     channels, count = x.size(1), x.numel() // x.size(1)
     partial = torch.empty(3, plan.splits, channels, dtype=mean.dtype, device=x.device)
-    _statistics_kernel[plan.grid](x, partial, *plan.sizes, **plan.meta)
+    _statistics_kernel[plan.grid](x, partial, *plan.sizes, **plan.meta, **tiles.registers(x.dtype))
     running = [running_mean, running_var]
     moved = [r if r is None else r.contiguous().to(_writable(r.dtype)) for r in running]
     near = struct.unpack("f", struct.pack("f", momentum))[0]
@@ -353,7 +354,11 @@ def backward(
     y = None if y is None else layout.like(y, x)
     channels = x.size(1)
     tensors = grad_y, x, _dense1(weight), _dense1(bias), residual, y, mean, invstd
-    options = {"CODE": CODES[activation.name], "PARAM": activation.param}
+    options = {
+        "CODE": CODES[activation.name],
+        "PARAM": activation.param,
+        **tiles.registers(x.dtype, activation.name),
+    }
     dx = dweight = dbias = dresidual = means = None
     with _on(x):
         if needs_params or (needs_x and batch_stats):

@@ -156,7 +156,7 @@ def forward(
             plan = tiles.plan(c, reduction=False)
             batch_norm_act._forward_kernel[plan.grid](
                 c, bn_weight, bn_bias, residual, mean, invstd, y, mean, invstd, *plan.sizes,
-                RUNNING=False, **options, **plan.meta,
+                RUNNING=False, **options, **plan.meta, **tiles.registers(c.dtype, activation.name),
             )  # fmt: skip
     kept = _stored(c, memory_format) if saves and c is not None else None
     return _stored(y, memory_format), kept, mean, invstd

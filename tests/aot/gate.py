@@ -140,9 +140,12 @@ def check(*, full: bool = False, rotation: int | None = None, report: Callable[[
 
     Each line of it is reported as it is found, too.
     """
-    jobs, entries = every_job(), read_table().get(TRITON, {})
+    jobs, table = every_job(), read_table()
+    entries = table.get(TRITON, {})
     wrong = [f"{name}: no job compiles this kernel (see tests/aot)" for name in without_jobs()]
-    changed = stale(jobs, entries)
+    if TRITON not in table:
+        report(f"there is no table of Triton {TRITON}: registers are compared with nothing ({UPDATE} makes one)")
+    changed = stale(jobs, entries) if TRITON in table else []
     for label in changed:
         what = "has changed since" if label in entries else "is not in"
         wrong.append(f"{label}: {what} the table of Triton {TRITON}; run: {UPDATE}")

@@ -10,12 +10,15 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from dlkern.kernels.activation import CODES, from_name, gradient_from_output
 from dlkern.kernels.triton import batch_norm_act as kernels
 from dlkern.kernels.triton import tiles
 
 from . import Job
 
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SIZES = ("outer", "channels", "inner", "n_tiles", "tiles_k", "tiles_per_split")
 #: (x's type, parameters' type)
 _TYPES = (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp64", "fp64"))
@@ -75,6 +78,7 @@ def _over_tiles() -> Iterator[Job]:
                 meta = tiles.Plan(launch, num_warps, channels_last, 1, 1, (1,) * 6, int64).meta
                 constants |= {k: v for k, v in meta.items() if k in kernel.arg_names}
                 options = {k: v for k, v in meta.items() if k not in kernel.arg_names}
+                options |= tiles.registers(_DTYPES[data], "identity" if name == "_statistics_kernel" else activation)
                 signature = {**pointers, **dict.fromkeys(_SIZES, "i32"), **dict.fromkeys(constants, "constexpr")}
                 words = [name, "rows" if channels_last else "planes", "x".join(map(str, launch)), f"{data}/{param}"]
                 if name != "_statistics_kernel":
