@@ -30,8 +30,10 @@ def record(op: str, backend: str, dtype: torch.dtype, how: str | None = None) ->
         ValueError: an unknown ``how``.
     """
     if how is None:
-        on_host = backend in ("cpu", "reference")
-        how = "host-run" if on_host else "gpu" if torch.cuda.is_available() else "interpreted"
+        cuda = torch.cuda.is_available()
+        # without a GPU CUDA C++ runs under the host shim alone (tests/host_shim)
+        on_host = backend in ("cpu", "reference") or (backend == "cuda" and not cuda)
+        how = "host-run" if on_host else "gpu" if cuda else "interpreted"
         if how == "gpu" and os.environ.get(SANITIZER_VARIABLE):
             record(op, backend, dtype, "sanitized")
     if how not in HOW:

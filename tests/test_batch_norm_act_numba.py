@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import evidence
 import parity
 import pytest
 import torch
@@ -290,6 +291,8 @@ def test_compiles_to_ptx() -> None:
         if wide == "f4" and name in ("statistics", "forward", "sums", "backward"):
             assert doubles == 0, name
         assert (barriers > 0) == (name in ("statistics", "sums")), name
+    for x in {choice[1][1] for choice in _CHOICES}:
+        evidence.record("batch_norm_act", "numba", {"f2": F16, "f4": F32, "f8": F64}[x], "compiled")
 
 
 def test_without_a_device_the_reason_is_given() -> None:
