@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dlkern.kernels.cpu.conv_bn_act import fold
 from dlkern.nn.conv_bn_act import FOLDED_BIAS, FOLDED_WEIGHT, ConvBNAct2d
+from dlkern.nn.depthwise import DepthwiseConv2d, DepthwiseSeparableConv2d
 
 from ._swap import check, swap
 from ._swap.classes import plan_of
@@ -90,20 +91,22 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.modules.batchnorm._BatchNorm]]:
-    """Each convolution with the batch norm behind it, of swapped sites and of ConvBNAct2d layers."""
+    """Each convolution with the batch norm behind it, of swapped sites and of dlkern.nn's layers."""
     modules = dict(model.named_modules())
     seen = set()
     for path, module in modules.items():
         found: list[tuple[Any, Any]] = []
         if isinstance(module, ConvBNAct2d):
             found.append((module.conv, module.bn))
+        elif isinstance(module, DepthwiseSeparableConv2d):
+            found += [(module.depthwise, module.depthwise_norm), (module.pointwise, module.pointwise_norm)]
         plan = plan_of(module)
         for site in () if plan is None else plan[1].sites:
             if site.conv is not None:
                 found.append((modules.get(join(path, site.conv)), modules.get(join(path, site.path))))
         for conv, norm in found:
             if (
-                type(conv) is nn.Conv2d
+                type(conv) in (nn.Conv2d, DepthwiseConv2d)
                 and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
                 and norm.running_mean is not None
                 and id(conv) not in seen

@@ -298,6 +298,84 @@ class CachesInEval(ConvBN):
         return F.relu(self.bn(self.conv(x))) * self.cache["scale"]
 
 
+class InvertedResidual(nn.Sequential):
+    """MobileNetV2's: pointwise, depthwise, pointwise, each with its norm."""
+
+    def __init__(self, channels: int = 8) -> None:
+        wide = 2 * channels
+        super().__init__(
+            nn.Sequential(nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(inplace=True)),
+            nn.Sequential(
+                nn.Conv2d(wide, wide, 3, 2, 1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(inplace=True)
+            ),
+            nn.Conv2d(wide, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise 7 x 7 with a pointwise convolution behind it, and no norm that dlkern fuses."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.dw = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.pw = nn.Conv2d(channels, channels, 1)
+        self.norm = nn.GroupNorm(1, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.pw(self.dw(x)))
+
+
+class Separable(nn.Module):
+    """Depthwise and pointwise without anything in between."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.dw = nn.Conv2d(channels, 2 * channels, (3, 5), padding=(1, 2), groups=channels, bias=False)
+        self.skip = nn.Identity()
+        self.pw = nn.Conv2d(2 * channels, channels, 1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.pw(self.skip(self.dw(x)))))
+
+
+class DepthwiseResidual(nn.Module):
+    """The residual is added to the depthwise convolution's norm."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.dw = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.dw(x)) + x)
+
+
+class DepthwiseActivation(nn.Module):
+    """An activation right behind a depthwise convolution, and a depthwise convolution at the end."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.dw = nn.Conv2d(channels, channels, 3, padding="same", groups=channels)
+        self.head = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, padding_mode="reflect")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.silu(self.dw(x)))
+
+
+class Temporal(nn.Sequential):
+    """Depthwise convolutions over one dimension."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(
+            nn.Conv1d(channels, channels, 5, padding=2, groups=channels),
+            nn.BatchNorm1d(channels),
+            nn.ReLU(),
+            nn.Conv1d(channels, 2 * channels, 4, padding="same", groups=channels, bias=False),
+        )
+
+
 def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """A model and an independent copy of it."""
     return model, copy.deepcopy(model)

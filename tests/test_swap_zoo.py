@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from batch_norm_act_cases import spied
 from torch import nn
 
 import dlkern
+from dlkern import dispatch
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -22,16 +24,32 @@ MODELS = {
     "torchvision:resnet50": ({"conv+bn+relu": 33, "conv+bn+add+relu": 16, "conv+bn": 4}, 96, 8),
     "torchvision:densenet121": ({"conv+bn+relu": 59, "bn+relu": 62}, 96, 8),
     "torchvision:inception_v3": ({"conv+bn+relu": 96}, 299, 4),
-    "torchvision:mobilenet_v2": ({"conv+bn+relu6": 35, "conv+bn": 17}, 112, 8),
+    "torchvision:mobilenet_v2": ({"conv+bn+relu6": 18, "depthwise+bn+relu6": 17, "conv+bn": 17}, 112, 8),
+    "torchvision:mobilenet_v3_large": (
+        {"conv+bn": 15, "conv+bn+relu": 5, "conv+bn+hardswish": 11, "depthwise+bn+relu": 6,
+         "depthwise+bn+hardswish": 9, "conv+relu": 8, "conv+hardsigmoid": 8}, 112, 4
+    ),
+    "torchvision:shufflenet_v2_x1_0": ({"conv+bn+relu": 37, "depthwise+bn": 19}, 96, 4),
+    "torchvision:convnext_tiny": ({"depthwise": 18}, 64, 2),
     "torchvision:deeplabv3_resnet50": ({"conv+bn+relu": 41, "conv+bn+add+relu": 16, "conv+bn": 4}, 96, 2),
     "torchvision:efficientnet_b0": (
-        {"conv+bn+silu": 33, "conv+bn": 16, "conv+silu": 16, "conv+sigmoid": 16}, 112, 8
+        {"conv+bn+silu": 17, "depthwise+bn+silu": 16, "conv+bn": 16, "conv+silu": 16, "conv+sigmoid": 16}, 112, 8
     ),
     "torchvision:vgg16_bn": ({"conv+bn+relu": 13}, 64, 4),
     "timm:repvgg_a0": ({"conv+bn+add+relu": 5, "bn+add+relu": 17, "conv+bn": 39}, 64, 4),
     "timm:hrnet_w18_small": ({"conv+bn+relu": 43, "conv+bn+add+relu": 24, "conv+bn": 24}, 96, 4),
-    "timm:xception41": ({"conv+bn+relu": 30, "bn+relu": 2, "conv+bn": 52}, 96, 4),
+    "timm:xception41": (
+        {"conv+bn+relu": 27, "depthwise+bn+relu": 3, "bn+relu": 2, "conv+bn": 16, "depthwise+bn": 36}, 96, 4
+    ),
 }  # fmt: skip
+
+#: Depthwise convolutions that a pointwise one follows, with nothing but a norm and an activation in between.
+SEPARABLE = {
+    "torchvision:mobilenet_v2": 17,
+    "torchvision:mobilenet_v3_large": 7,
+    "torchvision:shufflenet_v2_x1_0": 19,
+    "timm:xception41": 39,
+}
 
 
 def build(name: str) -> nn.Module:
@@ -56,9 +74,14 @@ def test_model(name: str) -> None:
     model = dlkern.swap(copy.deepcopy(plain))
     report = dlkern.report(model)
     assert Counter(row.label for row in report.swapped) == counts
+    assert Counter(row.kind for row in report.swapped)["separable"] == SEPARABLE.get(name, 0)
     with_norm = sum(n for label, n in counts.items() if "bn" in label.split("+"))
+    # with gradients a convolution without a norm is PyTorch's, but for ConvNeXt's depthwise ones, whose permutations
+    # leave every image channels_last
+    alone = counts.get("depthwise", 0)
+    folded = sum(counts.values()) - with_norm - alone
     norms = {path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    assert {row.backend for row in report.swapped if row.path in norms} == {"cpu"}
+    assert {row.backend for row in report.swapped if row.path in norms} == ({"cpu"} if norms else set())
     assert norms <= {row.path for row in report.swapped + report.skipped}
     assert len(norms & {row.path for row in report.swapped}) == with_norm
     assert all(row.reason for row in report.skipped)
@@ -76,7 +99,7 @@ def test_model(name: str) -> None:
             verified = dlkern.verify(plain, model, x, variants=variants)
         assert verified.ok, f"training={training}\n{verified}"
         after = dlkern.report(model).calls
-        expected = with_norm  # with gradients a convolution without a norm is PyTorch's
+        expected = with_norm + alone
         if "inception" in name and not training:
             expected -= 2  # the auxiliary head runs in training only
         assert (after.fused - fused, after.fallback - fallback) == (expected, 0)
@@ -85,8 +108,37 @@ def test_model(name: str) -> None:
     with dlkern.no_fallback(), spied() as calls, torch.no_grad(), dlkern.backend(conv_bn_act="cpu"):
         verified = dlkern.verify(plain, model, x, backward=False, variants=variants)
     assert verified.ok, f"inference\n{verified}"
-    assert dlkern.report(model).calls.fused - fused == expected + sum(counts.values()) - with_norm
-    assert calls.count(("cpu", "forward")) == expected + sum(counts.values()) - with_norm
+    assert dlkern.report(model).calls.fused - fused == expected + folded
+    assert calls.count(("cpu", "forward")) == expected + folded
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "shufflenet_v2_x1_0"]
+)
+def test_depthwise_convolutions_in_channels_last(name: str) -> None:
+    """Where ours are what runs by default: the numbers of training, and of inference with batch norms folded."""
+    name = f"torchvision:{name}"
+    counts, size, batch = MODELS[name]
+    size, batch = min(size, 64), min(batch, 4)
+    depthwise = sum(n for label, n in counts.items() if label.startswith("depthwise"))
+    if "shufflenet" in name:
+        depthwise -= 2  # right behind a channel shuffle, which leaves a contiguous image: PyTorch's
+    plain = build(name).to(memory_format=torch.channels_last)
+    model = dlkern.swap(copy.deepcopy(plain))
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    implementation = dispatch.implementation("depthwise", "cpu")
+    for training in (True, False):
+        for m in (plain, model):
+            m.train(training)
+        with (
+            dlkern.no_fallback(),
+            mock.patch.object(implementation, "forward", wraps=implementation.forward) as forward,
+            mock.patch.object(implementation, "backward", wraps=implementation.backward) as back,
+        ):
+            verified = dlkern.verify(plain, model, x, backward=training, variants=("memory_format", "ulp"))
+        assert verified.ok, f"training={training}\n{verified}"
+        assert (forward.call_count, back.call_count) == (depthwise, depthwise if training else 0)
 
 
 def test_timm_layers_outside_of_a_trace() -> None:

@@ -7,6 +7,7 @@ rewritten by giving that module a generated subclass as its class. Nothing else 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ from dlkern.kernels.reference.batch_norm_act import Request
 from dlkern.nn.conv_bn_act import FOLDED_WEIGHT
 from dlkern.ops import batch_norm_act as op
 
-from . import runtime
+from . import depthwise, runtime
 from .batch_norm_act import KIND, is_candidate
 from .classes import SwappedSite, generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
@@ -44,7 +45,8 @@ def swap(
 
     Sites of this version, each as far as it is there: Conv2d, BatchNorm, an addition, an activation. In
     training the convolution is called as it stands and what follows is fused; in inference without
-    gradients the batch norm is folded into the convolution where that is faster.
+    gradients the batch norm is folded into the convolution where that is faster. Depthwise convolutions,
+    of one or two dimensions, run their own kernels, in such a site or wherever else they stand.
 
     Args:
         model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
@@ -126,7 +128,7 @@ def report(model: nn.Module) -> Report:
         left = [p for p, m in model.named_modules() if is_candidate(m) and p not in swapped]
         reasons = dict.fromkeys(left, "not swapped; dlkern.explain(model) says why")
     reasons = reasons or {}
-    made.skipped = [Row(path, KIND, "", reason) for path, reason in sorted(reasons.items())]
+    made.skipped = _left(model, reasons)
     return made
 
 
@@ -142,18 +144,43 @@ def explain(model: nn.Module) -> Report:
     for path, plan in sorted(findings.plans.items(), key=lambda item: item[0].count(".")):
         known = {row.path for row in made.swapped}
         made.swapped += [_row(model, path, s) for s in plan.sites if join(path, s.path) not in known]
-    made.skipped = [Row(path, KIND, "", reason) for path, reason in sorted(findings.reasons.items())]
+    made.skipped = _left(model, findings.reasons)
     return made
+
+
+def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
+    """A row for each layer that was left as it is."""
+    modules = dict(model.named_modules())
+    return [
+        Row(path, depthwise.KIND if depthwise.is_depthwise(modules.get(path)) else KIND, "", reason)
+        for path, reason in sorted(reasons.items())
+    ]
 
 
 def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
     """A swapped site, with the backend that its device, dtype and mode get by default."""
     path = join(owner, site.path)
-    module = dict(model.named_modules()).get(path)
+    modules = dict(model.named_modules())
+    module = modules.get(path)
     parts = site.label.split("+")
+    if parts[0] == "depthwise":
+        conv = modules.get(path if site.conv is None else join(owner, site.conv))
+        try:
+            backend, reason = depthwise.described(conv)
+        except RuntimeError as error:  # a forced backend that cannot run it
+            return Row(path, site.kind, "", str(error), owner, site.label)
+        if site.conv is None:
+            return Row(path, site.kind, backend, reason, owner, site.label)
+        norm = _norm_row(module, path, owner, site)
+        return dataclasses.replace(norm, reason=f"{norm.reason}; the convolution: {backend}, {reason}")
     if isinstance(module, nn.Conv2d):  # without a norm
         fused = module.weight.device.type == "cpu" and not module.training
         return Row(path, site.kind, "cpu" if fused else "torch", "fused in inference on the CPU", owner, site.label)
+    return _norm_row(module, path, owner, site)
+
+
+def _norm_row(module: nn.Module | None, path: str, owner: str, site: SwappedSite) -> Row:
+    parts = site.label.split("+")
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return Row(path, site.kind, "torch", f"replaced by a {type(module).__name__} after the swap", owner, site.label)
     like = next((t for t in (module.weight, module.running_mean) if t is not None), torch.empty(0))

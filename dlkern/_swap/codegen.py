@@ -24,7 +24,7 @@ from dlkern import activations
 from dlkern.kernels.activation import Activation
 
 from . import batch_norm_act as rule
-from . import conv_bn_act, runtime
+from . import conv_bn_act, depthwise, runtime
 from .batch_norm_act import Site
 from .trace import TENSOR, UNKNOWN, VALUE, Kind, Trace, is_plain
 from .witness import Refused, plain_globals
@@ -223,7 +223,8 @@ class _Body:
             kind = self.names.imported(type(self.modules[path]))
             is_class = f"{self.names.builtin('type')}({local} := {container}.get({name!r})) is {kind}"
             module = self.modules[path]
-            if not rule.is_leaf(module) or rule.is_timm_norm(module):  # it may itself have been swapped
+            swappable = rule.is_timm_norm(module) or depthwise.is_depthwise(module)
+            if not rule.is_leaf(module) or swappable:  # it may itself have been swapped
                 is_class = f"({is_class} or {self.names.imported(runtime.swapped_from)}({local}, {kind}))"
             self._guard(is_class, f"{label} is no longer of its class")
         if bypassed:
@@ -353,7 +354,10 @@ class _Body:
         norm = "None" if site.norm is None else self.local(site.norm)
         takes = f"{self.names.imported(conv_bn_act.takes)}({conv}, {norm}, {x}, {self._activation(site)}, "
         takes += f"{site.residual is not None})"
-        return f"{self._value(site.conv)} = None if {takes} else {self._expression(site.conv)}"
+        stock = self._expression(site.conv)
+        if depthwise.is_depthwise(self.modules[str(site.conv.target)]):
+            stock = f"{self.names.imported(depthwise.call)}({conv}, {x})"
+        return f"{self._value(site.conv)} = None if {takes} else {stock}"
 
     def _activation(self, site: Site) -> str:
         return self.names.literal(site.activation)
@@ -367,6 +371,15 @@ class _Body:
             stock.append("del " + ", ".join(self._value(n) for n in site.span[:-1]))
         lines: list[str] = []
         word = "if"
+        if site.kind == depthwise.KIND:  # a convolution that owns itself
+            return [
+                f"if {self.names.imported(depthwise.takes_alone)}(self, {source}):",
+                f"    {result} = {self.names.imported(depthwise.fused_alone)}(self, {source})",
+                "    if _c is not None:",
+                "        _c.fused += 1",
+                "else:",  # PyTorch's own: nothing to count
+                *(f"    {line}" for line in stock),
+            ]
         count = ["    if _c is not None:", "        _c.fused += 1"]
         norm = "None" if site.norm is None else self.local(site.norm)
         if site.conv is not None:

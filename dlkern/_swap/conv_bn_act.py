@@ -2,8 +2,8 @@
 
 It extends the sites of batch_norm_act by the convolution in front of them, and finds what has no activation or
 no batch norm. In training the convolution stays a module call where it stands and the site is batch_norm_act's;
-where ``takes`` finds at a call that an implementation of the op conv_bn_act runs it (in inference, or forced), the
-convolution's modules are handed over to it.
+where ``takes`` finds at a call that an implementation of the op conv_bn_act runs it (in inference, or forced; a
+depthwise one in training, too), the convolution's modules are handed over to it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dlkern.nn.batch_norm_act import own
 from dlkern.ops import conv_bn_act as op
 from dlkern.ops import library
 
-from . import batch_norm_act, runtime
+from . import batch_norm_act, depthwise, runtime
 from .batch_norm_act import Matcher, NotASite, Site
 from .trace import Trace
 from .witness import has_hooks
@@ -167,6 +167,8 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     """
     if type(x) is not Tensor or type(conv) is not nn.Conv2d or not runtime.unhooked(conv):
         return False
+    if 1 < conv.groups == conv.in_channels and depthwise.takes(conv, norm, x, activation, residual):
+        return True
     if runtime.watched(x) or x.dim() != 4 or (isinstance(norm, nn.SyncBatchNorm) and norm.training):
         return False  # other ranks' statistics are batch_norm_act's business
     parameters = conv._parameters

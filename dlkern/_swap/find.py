@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from . import batch_norm_act as rule
-from . import conv_bn_act
+from . import conv_bn_act, depthwise
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
 from .codegen import forward_source
@@ -48,7 +48,8 @@ class Findings:
     """What is to be rewritten, and why the rest is not. Paths are relative to the model."""
 
     plans: dict[str, Plan] = field(default_factory=dict)  # owner path -> plan
-    reasons: dict[str, str] = field(default_factory=dict)  # norm path -> why it stays
+    reasons: dict[str, str] = field(default_factory=dict)  # path of a norm or depthwise convolution -> why it stays
+    separable: set[str] = field(default_factory=set)  # depthwise convolutions that a pointwise one follows
 
 
 def find(model: nn.Module, filter_fn: Filter | None) -> Findings:
@@ -66,6 +67,7 @@ def find(model: nn.Module, filter_fn: Filter | None) -> Findings:
                 kept[training] |= {join(owner.path, site) for site in found.get(training, ())}
     for owner in owners.values():
         _plan(owner, accepted, findings)
+    _plan_depthwise(model, filter_fn, findings)
     swapped = {join(path, site.path) for path, plan in findings.plans.items() for site in plan.sites}
     for path, module in model.named_modules():
         if rule.is_candidate(module) and path not in swapped:
@@ -137,6 +139,7 @@ def _collect(
 ) -> None:
     sites, reasons = conv_bn_act.match(trace, prefix)
     modules = dict(trace.root.named_modules())
+    findings.separable |= {join(prefix, path) for path in depthwise.separable(trace, sites)}
     findings.reasons.update({join(prefix, path): reason for path, reason in reasons.items()})
     for site in sites:
         path = join(prefix, site.path)
@@ -189,13 +192,37 @@ def _plan(owner: Owner, accepted: Accepted, findings: Findings) -> None:
         reason = f"{owner.path or 'the model'}: {refusal}"
         findings.reasons.update({join(owner.path, path): reason for path in expected})
         return
-    sites = {s.path: _summary(s) for _, found in modes.values() for s in found}
+    sites = {s.path: _summary(s, owner, findings) for _, found in modes.values() for s in found}
     findings.plans[owner.path] = Plan(source, tuple(sites.values()))
 
 
-def _summary(site: Site) -> SwappedSite:
-    conv = None if site.conv is None or site.norm is None else str(site.conv.target)
-    return SwappedSite(site.path, site.kind, site.label, conv)
+def _summary(site: Site, owner: Owner, findings: Findings) -> SwappedSite:
+    conv = None if site.conv is None else str(site.conv.target)
+    kind, label = site.kind, site.label
+    if conv is not None and depthwise.is_depthwise(owner.module.get_submodule(conv)):
+        kind = depthwise.SEPARABLE if join(owner.path, conv) in findings.separable else depthwise.KIND
+        label = label.replace("conv", "depthwise", 1)
+    return SwappedSite(site.path, kind, label, None if site.norm is None else conv)
+
+
+def _plan_depthwise(model: nn.Module, filter_fn: Filter | None, findings: Findings) -> None:
+    """Depthwise convolutions that no planned site has: each becomes the owner of itself."""
+    modules = dict(model.named_modules())
+    taken = set()
+    for owner, plan in findings.plans.items():
+        taken |= {id(modules[join(owner, site.path if site.conv is None else site.conv)]) for site in plan.sites}
+    for path, conv in depthwise.candidates(model):
+        if id(conv) in taken:
+            continue
+        reason = depthwise.refusal(conv)
+        if reason is None and filter_fn is not None and not filter_fn(conv, path):
+            reason = "left out by filter_fn"
+        if reason is None:
+            kind = depthwise.SEPARABLE if path in findings.separable else depthwise.KIND
+            source = forward_source(type(conv), {True: depthwise.leaf_trace(conv), False: depthwise.leaf_trace(conv)})
+            findings.plans[path] = Plan(source, (SwappedSite("", kind, "depthwise"),))
+        else:
+            findings.reasons[path] = reason
 
 
 def _check_class(cls: type) -> None:

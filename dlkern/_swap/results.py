@@ -12,9 +12,10 @@ from .runtime import Calls
 class Row:
     """One site, or one layer that is none.
 
-    ``path`` is the BatchNorm's; ``owner`` is the module whose forward was rewritten; ``kind`` is the
-    op and ``label`` what is fused (bn+add+relu); ``backend`` is the one that runs by default on the
-    site's device and dtype ("" where nothing was done); ``reason`` says why.
+    ``path`` is the BatchNorm's, or the convolution's where there is none; ``owner`` is the module whose
+    forward was rewritten; ``kind`` is the op ("separable": depthwise, and a pointwise convolution takes the
+    site's output) and ``label`` what is fused (bn+add+relu); ``backend`` is the one that runs by default on
+    the site's device and dtype ("" where nothing was done); ``reason`` says why.
     """
 
     path: str

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_act, conv_bn_act
+from .depthwise import depthwise_conv2d, depthwise_separable_conv2d
 from .dtypes import DTYPES, HALF_DTYPES
 
-__all__ = ["DTYPES", "HALF_DTYPES", "batch_norm_act", "conv_act", "conv_bn_act"]
+__all__ = [
+    "DTYPES",
+    "HALF_DTYPES",
+    "batch_norm_act",
+    "conv_act",
+    "conv_bn_act",
+    "depthwise_conv2d",
+    "depthwise_separable_conv2d",
+]

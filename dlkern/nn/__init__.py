@@ -4,5 +4,15 @@ from __future__ import annotations
 
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .conv_bn_act import ConvBNAct2d
+from .depthwise import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConvBNAct2d, DepthwiseSeparableConv2d
 
-__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "ConvBNAct2d"]
+__all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "ConvBNAct2d",
+    "DepthwiseConv1d",
+    "DepthwiseConv2d",
+    "DepthwiseConvBNAct2d",
+    "DepthwiseSeparableConv2d",
+]

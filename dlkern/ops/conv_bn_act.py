@@ -2,7 +2,8 @@
 
 "torch" here means PyTorch's own convolution with the op ``batch_norm_act`` right behind it, which has its own
 choice of implementations: autograd keeps the convolution's output and the statistics, nothing else. The other
-implementations take the convolution, too. Arguments have been checked by :mod:`dlkern.functional`.
+implementations take the convolution, too. A depthwise convolution goes to the op ``depthwise`` first, which has its
+own choice as well (see depthwise_bn_act.py). Arguments have been checked by :mod:`dlkern.functional`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dlkern.kernels.reference import conv_bn_act as reference
 from dlkern.kernels.reference.batch_norm_act import accumulate_dtype
 from dlkern.kernels.reference.conv_bn_act import Convolution, Needs, Request
 
-from . import batch_norm_act, library, recompute
+from . import batch_norm_act, depthwise_bn_act, library, recompute
 
 NAME = "conv_bn_act"
 
@@ -325,6 +326,14 @@ def apply(
 ) -> Tensor:
     """Choose an implementation and run it, with autograd where a gradient is wanted."""
     saves = library.wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
+    if 1 < convolution.groups == x.size(1):
+        geometry = depthwise_bn_act.geometry_of(convolution)
+        depthwise = depthwise_bn_act.choose(x, weight, geometry, norm, saves, residual is not None, activation)
+        if depthwise != "torch":
+            return depthwise_bn_act.apply(
+                x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var,
+                geometry, norm, momentum, eps, activation, memory_efficient, saves, depthwise,
+            )  # fmt: skip
     parameter = bn_weight if bn_weight is not None else running_mean
     size = convolution.output_size(x, weight)
     request = request_of(x, weight, parameter, convolution, size, norm, saves, residual is not None, activation.name)

@@ -49,13 +49,13 @@ def registers(dtype: torch.dtype, activation: str = "identity") -> dict[str, int
     """The launch option ``maxnreg`` where it is needed.
 
     Left alone, ptxas spills a few registers in float64 and beside an exp or erf, for one more program on a
-    multiprocessor. With 168 of them three programs of four warps fit. It then takes more where nothing was spilled,
-    too, and so the cheap activations, in which nothing is, are left alone.
+    multiprocessor. Told that it may have them all it takes more where nothing was spilled, too, and so the cheap
+    activations, in which nothing is, are left alone.
     """
     straight = activation in ("identity", "relu", "relu6", "leaky_relu")
     if torch.version.hip is not None or (straight and dtype != torch.float64):
         return {}
-    return {"maxnreg": 168}
+    return {"maxnreg": 255}
 
 
 class Plan(NamedTuple):
