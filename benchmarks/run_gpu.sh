@@ -73,7 +73,7 @@ stage_info() {
     fi
 }
 
-LAUNCHES=(tests/test_triton_launch.py tests/test_conv_bn_act_triton.py)
+LAUNCHES=(tests/test_triton_launch.py tests/test_conv_bn_act_triton.py tests/test_depthwise_triton.py)
 
 stage_launches() {
     if ((dry)); then
@@ -114,7 +114,10 @@ stage_ops() {
         bench batch_norm_act -k "8x512x7x7-nchw-training-float32 and cpu and not residual" --min-seconds 0.05
         return
     fi
-    bench batch_norm_act -k "not compile" --min-seconds 0.15 && bench conv_bn_act -k "not compile" --min-seconds 0.15
+    local op
+    for op in batch_norm_act conv_bn_act depthwise; do
+        bench $op -k "not compile" --min-seconds 0.15 || return 1
+    done
 }
 
 stage_compile() {
@@ -123,8 +126,10 @@ stage_compile() {
             --results-suffix=-compile
         return
     fi
-    bench batch_norm_act -k "compile" --min-seconds 0.15 --results-suffix=-compile &&
-        bench conv_bn_act -k "compile" --min-seconds 0.15 --results-suffix=-compile
+    local op
+    for op in batch_norm_act conv_bn_act depthwise; do
+        bench $op -k "compile" --min-seconds 0.15 --results-suffix=-compile || return 1
+    done
 }
 
 stage_models() {

@@ -40,7 +40,7 @@ def _added(row: dict[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------- ops
 Key = tuple[Any, ...]
-_FACTS = ("shape", "out_channels", "kernel", "stride", "format", "residual", "training", "dtype")
+_FACTS = ("shape", "out_channels", "kernel", "stride", "dilation", "format", "residual", "training", "dtype")
 
 
 def _by_case(rows: Rows) -> dict[Key, dict[str, dict[str, Any]]]:
@@ -72,11 +72,20 @@ def batch_norm_act(rows: Rows) -> list[str]:
 
 def conv_bn_act(rows: Rows) -> list[str]:
     def describe(row: dict[str, Any]) -> list[str]:
-        stride = "" if row["stride"] == 1 else f", stride {row['stride']}"
-        kernel = f"{row['kernel']}x{row['kernel']}{stride}"
-        return [f"conv + {_added(row)}, {_mode(row)}", f"{_shape(row['shape'])} -> {row['out_channels']}", kernel]
+        what = f"conv + {_added(row)}, {_mode(row)}"
+        return [what, f"{_shape(row['shape'])} -> {row['out_channels']}", _window(row)]
 
     return _op(rows, ["case", "input", "kernel"], describe)
+
+
+def depthwise(rows: Rows) -> list[str]:
+    return _op(rows, ["case", "input", "kernel"], lambda row: [_mode(row), _shape(row["shape"]), _window(row)])
+
+
+def _window(row: dict[str, Any]) -> str:
+    words = [f"{row['kernel']}x{row['kernel']}"]
+    words += [f"{name} {row[name]}" for name in ("stride", "dilation") if row.get(name, 1) != 1]
+    return ", ".join(words)
 
 
 def _op_bars(rows: Rows) -> list[Bar]:
@@ -86,8 +95,10 @@ def _op_bars(rows: Rows) -> list[Bar]:
             if name not in row["measured"]["ratio"]:
                 continue
             words = [_shape(row["shape"])]
+            if "out_channels" in row:
+                words.append(f"-> {row['out_channels']}")
             if "kernel" in row:
-                words.append(f"-> {row['out_channels']}, {row['kernel']}x{row['kernel']}/{row['stride']}")
+                words.append(_window(row))
             words += [row["format"], "training" if row["training"] else "inference", row["dtype"]]
             words += ["+ add"] if row["residual"] else []
             bars.append(Bar(f"{' '.join(words)}: {name}", *row["measured"]["ratio"][name]["paired"], row.get("target")))
@@ -178,6 +189,7 @@ def _suite_bars(rows: Rows) -> list[Bar]:
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "batch_norm_act": batch_norm_act,
     "conv_bn_act": conv_bn_act,
+    "depthwise": depthwise,
     "call_overhead": call_overhead,
     "device": device,
     "models": models,
@@ -188,6 +200,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
 BARS: dict[str, Callable[[Rows], list[Bar]]] = {
     "batch_norm_act": _op_bars,
     "conv_bn_act": _op_bars,
+    "depthwise": _op_bars,
     "models": _model_bars,
     "suite": _suite_bars,
 }

@@ -26,7 +26,7 @@ EXAMPLES_TIMES = int(os.environ.get("DLKERN_EXAMPLES_TIMES", "1"))
 settings.register_profile("dlkern", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("dlkern")
 
-_left_out: list[str] = []
+_NO_DEVICE = "no CUDA device"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,13 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-            _left_out.append(item.nodeid)
+            item.add_marker(pytest.mark.skip(reason=_NO_DEVICE))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _left_out:
-        terminalreporter.section("left out: no CUDA device")
-        terminalreporter.write_line(f"{len(_left_out)} tests need a GPU:")
-        for name in _left_out:
+    # from the reports, which workers of pytest-xdist send as well
+    skipped = terminalreporter.stats.get("skipped", [])
+    left_out = [r.nodeid for r in skipped if r.longrepr and r.longrepr[-1] == f"Skipped: {_NO_DEVICE}"]
+    if left_out:
+        terminalreporter.section(f"left out: {_NO_DEVICE}")
+        terminalreporter.write_line(f"{len(left_out)} tests need a GPU:")
+        for name in left_out:
             terminalreporter.write_line(f"  {name}")

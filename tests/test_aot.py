@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from aot.compile import Failed, Found
 from aot.gate import Entry
 from aot.jobs import Job
 
+from dlkern.kernels.triton import depthwise_plan
 from dlkern.kernels.triton.gemm_plan import DOUBLE, EXACT, TENSOR
 from dlkern.kernels.triton.tiles import PLANES, ROWS
 
@@ -64,6 +66,17 @@ def test_every_configuration_of_conv_bn_act(labels: list[list[str]]) -> None:
             for launch in launches:
                 expected = types - {"tf32"} if launch == TENSOR[0] else types  # see gemm_plan.table
                 assert {label[4] for label in mine if label[3] == "x".join(map(str, launch))} == expected
+
+
+def test_every_configuration_of_depthwise(labels: list[list[str]]) -> None:
+    for kernel in ("forward", "input_gradient", "weight_gradient"):
+        mine = [label for label in labels if label[0] == "depthwise" and label[1].startswith(kernel)]
+        assert {label[4] for label in mine} == {"rows", "planes"}
+        for kind, table in (("rows", depthwise_plan.ROWS), ("planes", depthwise_plan.PLANES)):
+            for launch in itertools.chain.from_iterable(table.values()):
+                types = {label[5] for label in mine if label[3:5] == ["x".join(map(str, launch)), kind]}
+                assert types, (kernel, kind, launch)
+        assert {label[5] for label in mine} == {"fp16", "bf16", "fp32", "fp64"}
 
 
 def test_the_subset_covers_and_moves_on(labels: list[list[str]]) -> None:

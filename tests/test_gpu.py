@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dlkern
-from dlkern.functional import batch_norm_act, conv_act
+from dlkern.functional import batch_norm_act, conv_act, depthwise_conv2d
 
 pytestmark = pytest.mark.gpu
 
@@ -51,8 +51,24 @@ def _conv(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_forma
     return step
 
 
-STEPS: dict[str, Any] = {"batch_norm_act": _norm, "conv_bn_act": _conv}
-_PAIRS = [("batch_norm_act", name) for name in BACKENDS] + [("conv_bn_act", "triton")]
+def _depthwise(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> Step:
+    """Forward and backward of a 5x5 depthwise convolution on fixed inputs."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(shape, generator=generator, device="cuda").to(dtype).contiguous(memory_format=layout)
+    weight = torch.randn(shape[1], 1, 5, 5, generator=generator, device="cuda").to(dtype) / 5
+    bias = torch.randn(shape[1], generator=generator, device="cuda").to(dtype)
+    inputs = [v.requires_grad_() for v in (x, weight, bias)]
+
+    def step() -> tuple[Tensor, ...]:
+        y = depthwise_conv2d(x, weight, bias, padding=2)
+        return (y, *torch.autograd.grad(y, inputs, y.detach()))
+
+    return step
+
+
+STEPS: dict[str, Any] = {"batch_norm_act": _norm, "conv_bn_act": _conv, "depthwise": _depthwise}
+_PAIRS = [("batch_norm_act", name) for name in BACKENDS]
+_PAIRS += [("conv_bn_act", "triton"), ("depthwise", "triton"), ("depthwise", "numba")]
 every_op = pytest.mark.parametrize(("op", "backend"), _PAIRS, ids=[f"{op}-{name}" for op, name in _PAIRS])
 every_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import batch_norm_act_cases
 import conv_bn_act_cases
+import depthwise_cases
 import pytest
 import torch
 from conftest import HAS_CUDA
@@ -108,5 +109,36 @@ def test_conv_bn_act_in_bfloat16() -> None:
     conv_bn_act_cases.check(case, (_DEVICE, "triton"))
 
 
+_Depthwise = depthwise_cases.Case
+DEPTHWISE_CASES = [
+    *depthwise_cases.SMALL,
+    _Depthwise((1, 1, 1, 1), (1, 1), padding=(0, 0, 0, 0)),
+    _Depthwise((1, 1, 1, 1), padding=(1, 1, 1, 1), layout="contiguous"),
+    _Depthwise((2, 33, 3, 4), statistics=True),
+    _Depthwise((1, 3, 4, 70), layout="contiguous", bias=True),
+    _Depthwise((1, 4, 5, 5), (9, 2), padding=(6, 4, 1, 0)),
+    _Depthwise((1, 4, 5, 5), dilation=(7, 7), padding=(7, 7, 7, 7)),
+    _Depthwise((1, 2, 5, 5), dilation=(1, 6), padding=(1, 1, 6, 6), layout="contiguous"),
+    _Depthwise((2, 3, 7, 6), stride=(3, 3), grad="expanded"),
+    _Depthwise((2, 3, 7, 6), layout="sliced", grad="transposed"),
+    _Depthwise((1, 5, 4, 4), mean=100.0, statistics=True),
+]
+
+
+@pytest.mark.parametrize("target", _targets("depthwise", "triton", "numba"))
+@pytest.mark.parametrize("case", DEPTHWISE_CASES, ids=str)
+def test_depthwise(case: Any, target: tuple[str, str]) -> None:
+    reason = depthwise_cases.implementation(target[1]).supports(depthwise_cases.request(case, target[0]))
+    if reason is not None:
+        pytest.skip(reason)
+    depthwise_cases.check(case, target)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_depthwise_in_bfloat16(layout: str) -> None:
+    depthwise_cases.check(_Depthwise((2, 9, 6, 7), dtype=BF16, layout=layout, statistics=True), (_DEVICE, "triton"))
+
+
 def test_there_are_twenty_shapes_of_each_op() -> None:
-    assert min(len(NORM_CASES), len(CONV_CASES)) >= 20
+    assert min(len(NORM_CASES), len(CONV_CASES), len(DEPTHWISE_CASES)) >= 20

@@ -28,20 +28,25 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Plain(nn.Module):
-    """[convolution,] batch norm, [addition,] ReLU by PyTorch, the last two in place as torchvision writes them."""
+    """[convolution,] batch norm, [addition,] ReLU by PyTorch, the last two in place as torchvision writes them.
 
-    def __init__(self, bn: nn.BatchNorm2d, conv: nn.Conv2d | None = None) -> None:
+    Without a batch norm: the convolution alone, with no ReLU either.
+    """
+
+    def __init__(self, bn: nn.BatchNorm2d | None, conv: nn.Conv2d | None = None) -> None:
         super().__init__()
         self.conv = conv
         self.bn = bn
 
     def before(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The activation's input."""
-        z = self.bn(x if self.conv is None else self.conv(x))
+        """The activation's input, where there is an activation."""
+        z = x if self.conv is None else self.conv(x)
+        z = z if self.bn is None else self.bn(z)
         return z if residual is None else z.add_(residual)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return F.relu(self.before(x, residual), inplace=True)
+        z = self.before(x, residual)
+        return z if self.bn is None else F.relu(z, inplace=True)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Problem:
         # truths are made once, and with the gradient zero where rounding may decide whether the ReLU is on
         self.wide = copy.deepcopy(self.reference).double()
         self.grad = maps(case.out_shape)
-        if case.training:
+        if case.training and self.reference.bn is not None:
             self.grad = self.grad * self._away_from_the_kink()
 
     def names(self) -> list[str]:

@@ -82,6 +82,7 @@ def norm(channels: int) -> nn.BatchNorm2d:
 
 
 def _fused(plain: Plain) -> nn.Module:
+    assert plain.bn is not None
     made = dlkern.nn.BatchNormAct2d(plain.bn.num_features, device=plain.bn.weight.device)
     made.load_state_dict(plain.bn.state_dict())
     return made

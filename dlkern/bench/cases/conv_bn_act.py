@@ -108,6 +108,7 @@ def _plain(at: Shape) -> Plain:
 
 def _fused(plain: Plain) -> nn.Module:
     assert plain.conv is not None
+    assert plain.bn is not None
     return dlkern.nn.ConvBNAct2d.from_modules(plain.conv, plain.bn, "relu")
 
 
@@ -118,6 +119,7 @@ class _Cudnn(nn.Module):
         super().__init__()
         conv, bn = plain.conv, plain.bn
         assert conv is not None
+        assert bn is not None
         assert bn.running_mean is not None
         assert bn.running_var is not None
         weight, bias = fuse_conv_bn_weights(

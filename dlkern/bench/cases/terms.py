@@ -16,6 +16,7 @@ def terms(problem: Problem) -> dict[str, Tensor]:
 
 def _terms(problem: Problem) -> dict[str, Tensor]:
     conv, bn = problem.wide.conv, problem.wide.bn
+    assert bn is not None
     x, dims, shape = problem.x.double(), (0, 2, 3), (1, -1, 1, 1)
     c, size = x, x.abs()
     if conv is not None:
