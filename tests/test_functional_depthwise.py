@@ -210,7 +210,7 @@ def test_separable(backend: str) -> None:
         ({"activation": "swish"}, ValueError, "swish"),
         ({"stride": 0}, ValueError, "stride"),
     ],
-    ids=lambda v: str(v)[:30],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else None if isinstance(v, type) else v[:30],
 )
 def test_errors_of_separable(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with spied() as calls, dlkern.backend(depthwise="reference"), pytest.raises(error, match=message):
