@@ -12,5 +12,6 @@ namespace dlkern::bindings {
 inline void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 void batch_norm_act(py::module_& m);
+void recurrent(py::module_& m);
 
 }  // namespace dlkern::bindings

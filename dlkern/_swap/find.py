@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from . import batch_norm_act as rule
-from . import conv_bn_act
+from . import conv_bn_act, recurrent
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
 from .codegen import forward_source
@@ -66,6 +66,7 @@ def find(model: nn.Module, filter_fn: Filter | None) -> Findings:
                 kept[training] |= {join(owner.path, site) for site in found.get(training, ())}
     for owner in owners.values():
         _plan(owner, accepted, findings)
+    recurrent.add(model, filter_fn, findings.plans, findings.reasons)
     swapped = {join(path, site.path) for path, plan in findings.plans.items() for site in plan.sites}
     for path, module in model.named_modules():
         if rule.is_candidate(module) and path not in swapped:

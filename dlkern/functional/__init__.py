@@ -5,5 +5,18 @@ from __future__ import annotations
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_act, conv_bn_act
 from .dtypes import DTYPES, HALF_DTYPES
+from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
-__all__ = ["DTYPES", "HALF_DTYPES", "batch_norm_act", "conv_act", "conv_bn_act"]
+__all__ = [
+    "DTYPES",
+    "HALF_DTYPES",
+    "batch_norm_act",
+    "conv_act",
+    "conv_bn_act",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+]

@@ -4,5 +4,19 @@ from __future__ import annotations
 
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .conv_bn_act import ConvBNAct2d
+from .gru import GRU, GRUCell
+from .lstm import LSTM, LSTMCell
+from .rnn import RNN, RNNCell
 
-__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "ConvBNAct2d"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "ConvBNAct2d",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+]
