@@ -14,5 +14,6 @@ inline void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 void batch_norm_act(py::module_& m);
 void cuda(py::module_& m);
 void depthwise(py::module_& m);
+void recurrent(py::module_& m);
 
 }  // namespace dlkern::bindings

@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   dlkern::bindings::batch_norm_act(m);
   dlkern::bindings::cuda(m);
   dlkern::bindings::depthwise(m);
+  dlkern::bindings::recurrent(m);
   m.def("build_info", &build_info, "How this module was built, and which instruction set its CPU kernels use.");
   m.def("set_isa", &set_isa, "Make the CPU kernels use 'portable', 'avx2' or the 'best' of this processor.");
 }

@@ -19,7 +19,7 @@ from dlkern.kernels.reference.batch_norm_act import Request
 from dlkern.nn.conv_bn_act import FOLDED_WEIGHT
 from dlkern.ops import batch_norm_act as op
 
-from . import depthwise, runtime
+from . import depthwise, recurrent, runtime
 from .batch_norm_act import KIND, is_candidate
 from .classes import SwappedSite, generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
@@ -43,15 +43,16 @@ def swap(
     when it was traced (argument kinds, attributes, module classes, hooks); where a guard fails the
     stock forward runs and ``report(model).calls.fallback`` counts it. Swapping again starts afresh.
 
-    Sites of this version, each as far as it is there: Conv2d, BatchNorm, an addition, an activation. In
+    LSTM, GRU, RNN and their cells are sites, by exact type. So are, each as far as it is there: Conv2d,
+    BatchNorm, an addition, an activation. In
     training the convolution is called as it stands and what follows is fused; in inference without
     gradients the batch norm is folded into the convolution where that is faster. Depthwise convolutions,
     of one or two dimensions, run their own kernels, in such a site or wherever else they stand.
 
     Args:
         model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
-        filter_fn: ``filter_fn(module, path) -> bool`` is asked for each site's BatchNorm, or its
-            convolution where there is none; False leaves the site.
+        filter_fn: ``filter_fn(module, path) -> bool`` is asked for each site's BatchNorm, its
+            convolution where there is none, or its recurrent layer; False leaves the site.
         memory_format: for example torch.channels_last: the model is converted after the swap.
 
     Returns:
@@ -160,6 +161,8 @@ def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
 def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
     """A swapped site, with the backend that its device, dtype and mode get by default."""
     path = join(owner, site.path)
+    if site.kind in recurrent.KINDS:
+        return recurrent.row(model, path, site)
     modules = dict(model.named_modules())
     module = modules.get(path)
     parts = site.label.split("+")

@@ -6,6 +6,7 @@ from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_act, conv_bn_act
 from .depthwise import depthwise_conv2d, depthwise_separable_conv2d
 from .dtypes import DTYPES, HALF_DTYPES
+from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
 __all__ = [
     "DTYPES",
@@ -15,4 +16,10 @@ __all__ = [
     "conv_bn_act",
     "depthwise_conv2d",
     "depthwise_separable_conv2d",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
 ]

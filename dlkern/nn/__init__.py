@@ -5,8 +5,14 @@ from __future__ import annotations
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .conv_bn_act import ConvBNAct2d
 from .depthwise import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConvBNAct2d, DepthwiseSeparableConv2d
+from .gru import GRU, GRUCell
+from .lstm import LSTM, LSTMCell
+from .rnn import RNN, RNNCell
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
@@ -15,4 +21,7 @@ __all__ = [
     "DepthwiseConv2d",
     "DepthwiseConvBNAct2d",
     "DepthwiseSeparableConv2d",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
 ]

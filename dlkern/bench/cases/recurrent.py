@@ -1,0 +1,156 @@
+"""LSTM, GRU and RNN layers and cells in float32, beside torch.nn's: what is timed, and its parity."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import dlkern
+import dlkern.nn
+from dlkern.bench import parity
+
+from .base import chosen
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class RecurrentCase:
+    """One layer and its input: (steps, batch, hidden) of ``hidden`` inputs, or (batch, hidden) for a cell.
+
+    ``target`` is the least wanted ratio of PyTorch's time to dlkern's, or None.
+    """
+
+    op: str
+    steps: int
+    batch: int
+    hidden: int
+    training: bool
+    packed: bool = False
+    cell: bool = False
+    target: float | None = None
+
+    def __str__(self) -> str:
+        words = [self.op + ("_cell" if self.cell else ""), f"{self.steps}x{self.batch}x{self.hidden}"]
+        return "-".join([*words, "training" if self.training else "inference", *(["packed"] if self.packed else [])])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells rows of a results file apart."""
+        return {
+            "op": self.op,
+            "steps": self.steps,
+            "batch": self.batch,
+            "hidden": self.hidden,
+            "training": self.training,
+            "packed": self.packed,
+            "cell": self.cell,
+            "dtype": "float32",
+        }
+
+
+def cases() -> list[RecurrentCase]:
+    """Every case, with the ratio to reach on a CPU where one is set."""
+    case = functools.partial(RecurrentCase, hidden=256)
+    found = [
+        case("lstm", 1, 1, training=False, target=5.0),
+        case("lstm", 1, 1, training=False, cell=True, target=3.0),
+        case("gru", 1, 1, training=False, cell=True),
+        case("lstm", 1, 16, training=True),
+    ]
+    targets = {
+        ("lstm", 1): (1.0, 1.3),
+        ("lstm", 4): (None, None),
+        ("lstm", 16): (1.0, 1.0),
+        ("gru", 1): (None, 5.0),
+        ("gru", 4): (None, 3.0),
+        ("gru", 16): (None, None),
+        ("rnn", 1): (None, 3.0),
+        ("rnn", 4): (None, 3.0),
+        ("rnn", 16): (None, None),
+    }
+    for (op, batch), (inference, training) in targets.items():
+        found.append(case(op, 128, batch, training=False, target=inference))
+        found.append(case(op, 128, batch, training=True, target=training))
+    found += [case(op, 128, 16, training=True, packed=True, target=1.3 if op == "lstm" else None) for op in
+              ("lstm", "gru")]  # fmt: skip
+    return [*found, RecurrentCase("gru", 64, 32, 512, True), RecurrentCase("lstm", 64, 32, 512, True)]
+
+
+class RecurrentProblem:
+    """A case's inputs, and the calls on them; a row is "eager", "dlkern", or "dlkern-BACKEND" with that one forced."""
+
+    def __init__(self, case: RecurrentCase) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(0)
+        shape = (case.batch, case.hidden) if case.cell else (case.steps, case.batch, case.hidden)
+        self.x = torch.randn(shape, generator=generator)
+        states = shape if case.cell else (1, case.batch, case.hidden)
+        self.states = [torch.randn(states, generator=generator) for _ in range(2 if case.op == "lstm" else 1)]
+        self.grad = torch.randn(shape, generator=generator)
+        # lengths from half of the steps to all of them
+        self.lengths = [case.steps - (b * case.steps) // (2 * case.batch) for b in range(case.batch)]
+
+    def module(self, home: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """torch.nn's or dlkern.nn's, with the same weights at each call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            name = self.case.op.upper() + ("Cell" if self.case.cell else "")
+            made: nn.Module = getattr(home, name)(self.case.hidden, self.case.hidden)
+        return made.to(dtype)
+
+    def step(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
+        """The timed call: the forward, and in training the backward to the input and every parameter."""
+        case, parameters = self.case, list(module.parameters())
+        x, grad = self.x.to(dtype).requires_grad_(case.training), self.grad.to(dtype)
+        states = [s.to(dtype) for s in self.states]
+        hx = tuple(states) if case.op == "lstm" else states[0]
+        given: Any = x
+        if case.packed:
+            packed = pack_padded_sequence(x.detach(), torch.tensor(self.lengths))
+            x = packed.data.requires_grad_(case.training)
+            given, grad = packed._replace(data=x), pack_padded_sequence(grad, torch.tensor(self.lengths)).data
+
+        def output() -> Tensor:
+            y = module(given, hx)
+            y = y[0] if isinstance(y, tuple) else y
+            return y.data if case.packed else y
+
+        def train() -> tuple[Tensor, ...]:
+            y = output()
+            return (y, *torch.autograd.grad(y, [x, *parameters], grad))
+
+        def infer() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (output(),)
+
+        return train if case.training else infer
+
+    @contextlib.contextmanager
+    def candidate(self, row: str) -> Iterator[Step]:
+        """A row's call, with its backend forced inside of the block."""
+        _, _, backend = row.partition("-")
+        with dlkern.backend(backend) if backend else contextlib.nullcontext():
+            yield self.step(self.module(dlkern.nn if row.startswith("dlkern") else nn))
+
+    def check(self, step: Step, eager: Step) -> str:
+        """The parity rule for everything that a call returns; the backend that ran.
+
+        Raises:
+            AssertionError: a result is farther from float64 than the rule allows.
+        """
+        with chosen(self.case.op) as backends:
+            results = step()
+        truths = self.step(self.module(nn, torch.float64), torch.float64)()
+        for index, (result, peer, truth) in enumerate(zip(results, eager(), truths, strict=True)):
+            name = "y" if index == 0 else f"gradient {index}"
+            # a step's rounding is of the size of what it adds up, of which the result is a part
+            parity.assert_parity(name, result, truth, truth.abs() + truth.abs().mean(), peer=peer)
+        return backends[0] if backends else ""

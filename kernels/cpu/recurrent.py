@@ -1,0 +1,214 @@
+"""Launchers of csrc/cpu/recurrent.cpp for lstm, gru and rnn; the contract is that of kernels/reference/recurrent.py.
+
+The projections of all steps and the gradients of the weights are single products by torch.mm; the time loop between
+them is one call.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..reference import recurrent as reference
+from ..reference.recurrent import Forward, Gradients, Needs, Request
+from . import unavailable
+
+try:
+    from dlkern import _C
+except ImportError:  # ``supports`` says why
+    _C: ModuleType | None = None  # type: ignore[no-redef]
+
+LSTM, GRU, RNN_TANH, RNN_RELU = range(4)
+_GATES = {LSTM: 4, GRU: 3, RNN_TANH: 1, RNN_RELU: 1}
+_DTYPES = {torch.float32: 0, torch.float64: 1}
+
+#: Up to this many rows x W_ih^T is made in the loop's own call: no product of so few rows is worth one of its own.
+_FEW_ROWS = 4
+
+#: Batches and rows from which backward is faster with a transposed copy of the recurrent weight.
+_TRANSPOSED_BATCH, _TRANSPOSED_ROWS = 4, 32
+
+
+def supports(request: Request) -> str | None:
+    """None for float32 and float64 on the CPU, else the reason in words."""
+    if request.device != "cpu":
+        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
+    if request.dtype not in _DTYPES:
+        return f"the cpu backend computes recurrent layers in float32 and float64, not in {request.dtype}"
+    return unavailable()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor as a kernel can read it: contiguous, no lazy negation."""
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
+
+
+def _optional(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _plain(tensor)
+
+
+def _sizes(x: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+    """Steps, batch and rows of a sequence."""
+    if batch_sizes is None:
+        return x.size(0), x.size(1), x.size(0) * x.size(1)
+    return batch_sizes.numel(), int(batch_sizes[0]), x.size(0)
+
+
+def forward(
+    cell: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    saves: bool,
+) -> Forward:
+    """One direction of one layer; see kernels/reference/recurrent.py."""
+    x, weight_hh = _plain(x), _plain(weight_hh)
+    h0, c0, bias_hh, weight_hr, batch_sizes = map(_optional, (h0, c0, bias_hh, weight_hr, batch_sizes))
+    steps, batch, rows = _sizes(x, batch_sizes)
+    width, outputs = weight_hh.shape
+    hidden = width // _GATES[cell]
+    dtype, empty = x.dtype, torch.empty
+    in_loop = rows <= _FEW_ROWS
+    gates = None
+    if in_loop:
+        weight_ih, bias_ih = _plain(weight_ih), _optional(bias_ih)
+        if saves:
+            gates = empty((rows, width), dtype=dtype)
+    elif bias_ih is None:
+        gates = torch.mm(reference.rows_of(x), weight_ih.t())
+    else:
+        gates = torch.addmm(bias_ih, reference.rows_of(x), weight_ih.t())
+    output = empty((*x.shape[:-1], outputs), dtype=dtype)
+    h_n = empty((batch, outputs), dtype=dtype)
+    c_n = empty((batch, hidden), dtype=dtype) if cell == LSTM else None
+    cells = empty((rows, hidden), dtype=dtype) if cell == LSTM and saves else None
+    extra = None
+    if cell == GRU or weight_hr is not None:
+        extra = empty((rows if saves else batch, hidden), dtype=dtype)
+    _C.recurrent_forward(
+        _DTYPES[dtype],
+        cell,
+        steps,
+        batch,
+        rows,
+        x.size(-1),
+        hidden,
+        outputs,
+        _address(batch_sizes),
+        reverse,
+        x.data_ptr() if in_loop else 0,
+        weight_ih.data_ptr(),
+        _address(bias_ih),
+        weight_hh.data_ptr(),
+        _address(bias_hh),
+        _address(weight_hr),
+        _address(h0),
+        _address(c0),
+        _address(gates),
+        _address(cells),
+        _address(extra),
+        output.data_ptr(),
+        h_n.data_ptr(),
+        _address(c_n),
+        saves,
+        torch.get_num_threads(),
+    )
+    if not saves:
+        return Forward(output, h_n, c_n)
+    return Forward(output, h_n, c_n, gates if cell in (LSTM, GRU) else None, cells, extra)
+
+
+def backward(
+    cell: int,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    gates: Tensor | None,
+    cells: Tensor | None,
+    extra: Tensor | None,
+    reverse: bool,
+    needs: Needs,
+) -> Gradients:
+    """Gradients of x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh and weight_hr (None where not needed)."""
+    h0, c0, batch_sizes, grad_output = map(_optional, (h0, c0, batch_sizes, grad_output))
+    steps, batch, rows = _sizes(x, batch_sizes)
+    width, outputs = weight_hh.shape
+    transposed = batch >= _TRANSPOSED_BATCH and rows >= _TRANSPOSED_ROWS
+    if transposed:
+        weight_hh, weight_hr = weight_hh.t(), None if weight_hr is None else weight_hr.t()
+    weight_hh, weight_hr = _plain(weight_hh), _optional(weight_hr)
+    hidden = width // _GATES[cell]
+
+    def empty(count: int, columns: int) -> Tensor:
+        return torch.empty((count, columns), dtype=x.dtype)
+
+    def state(grad: Tensor | None, columns: int) -> Tensor:
+        return empty(batch, columns).zero_() if grad is None else empty(batch, columns).copy_(grad)
+
+    grad_h = state(grad_h_n, outputs)
+    grad_c = state(grad_c_n, hidden) if cell == LSTM else None
+    grad_gates = empty(rows, width)
+    grad_extra = scratch = None
+    if cell == GRU:
+        grad_extra = empty(rows, width)
+    elif weight_hr is not None:
+        grad_extra, scratch = empty(rows, outputs), empty(batch, hidden)
+    _C.recurrent_backward(
+        _DTYPES[x.dtype],
+        cell,
+        steps,
+        batch,
+        rows,
+        x.size(-1),
+        hidden,
+        outputs,
+        _address(batch_sizes),
+        reverse,
+        _address(grad_output),
+        weight_hh.data_ptr(),
+        _address(weight_hr),
+        transposed,
+        _address(h0),
+        _address(c0),
+        output.data_ptr(),
+        _address(gates),
+        _address(cells),
+        _address(extra),
+        grad_h.data_ptr(),
+        _address(grad_c),
+        grad_gates.data_ptr(),
+        _address(grad_extra),
+        _address(scratch),
+        torch.get_num_threads(),
+    )
+
+    def h_before() -> Tensor:
+        return reference.before(reference.rows_of(output), h0, reference.step_sizes(x, batch_sizes), reverse)
+
+    recurrent = grad_extra if cell == GRU and grad_extra is not None else grad_gates
+    dx, dw_ih, dw_hh, db_ih, db_hh = reference.finish(x, h_before, grad_gates, recurrent, weight_ih, needs)
+    dw_hr = None
+    if needs.weight_hr and grad_extra is not None and extra is not None:
+        dw_hr = torch.mm(grad_extra.t(), extra)
+    return dx, grad_h if needs.h0 else None, grad_c if needs.c0 else None, dw_ih, dw_hh, db_ih, db_hh, dw_hr
