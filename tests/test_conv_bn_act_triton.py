@@ -57,7 +57,7 @@ def _allow_tf32(monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
 
 
 def _launches() -> Iterator[tuple[str, torch.dtype, Launch]]:
-    """Every configuration of every mode; half types and TF32 share all but the first, and take turns."""
+    """Every configuration of every mode; half types and TF32 share theirs, and take turns."""
     halves = itertools.cycle((torch.float32, torch.float16))
     for mode in _SHAPES:
         small = mode in ("tap_loop", "flat")

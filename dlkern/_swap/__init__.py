@@ -43,11 +43,11 @@ def swap(
     when it was traced (argument kinds, attributes, module classes, hooks); where a guard fails the
     stock forward runs and ``report(model).calls.fallback`` counts it. Swapping again starts afresh.
 
-    LSTM, GRU, RNN and their cells are sites, by exact type. So are, each as far as it is there: Conv2d,
-    BatchNorm, an addition, an activation. In
+    Sites of this version, each as far as it is there: Conv2d, BatchNorm, an addition, an activation. In
     training the convolution is called as it stands and what follows is fused; in inference without
     gradients the batch norm is folded into the convolution where that is faster. Depthwise convolutions,
-    of one or two dimensions, run their own kernels, in such a site or wherever else they stand.
+    of one or two dimensions, run their own kernels, in such a site or wherever else they stand. LSTM, GRU,
+    RNN and their cells are sites, too, by exact type.
 
     Args:
         model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
@@ -152,10 +152,11 @@ def explain(model: nn.Module) -> Report:
 def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
     """A row for each layer that was left as it is."""
     modules = dict(model.named_modules())
-    return [
-        Row(path, depthwise.KIND if depthwise.is_depthwise(modules.get(path)) else KIND, "", reason)
-        for path, reason in sorted(reasons.items())
-    ]
+
+    def kind(module: nn.Module | None) -> str:
+        return recurrent.kind_of(module) or (depthwise.KIND if depthwise.is_depthwise(module) else KIND)
+
+    return [Row(path, kind(modules.get(path)), "", reason) for path, reason in sorted(reasons.items())]
 
 
 def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:

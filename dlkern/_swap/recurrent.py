@@ -67,6 +67,11 @@ def _why_not(input: Any) -> str | None:
     return "a torch.func transform, torch.jit.trace or a lazy negation is active" if runtime.watched(data) else None
 
 
+def kind_of(module: nn.Module | None) -> str | None:
+    """The op of a recurrent layer or cell, of a subclass as well; None of any other module."""
+    return next((recipe.op for base, recipe in _RECIPES.items() if isinstance(module, base)), None)
+
+
 def add(model: nn.Module, filter_fn: Filter | None, plans: dict[str, Plan], reasons: dict[str, str]) -> None:
     """Plan every recurrent layer of a model, and say why one that looks like it stays."""
     for path, module in model.named_modules():

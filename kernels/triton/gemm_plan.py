@@ -61,13 +61,20 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
-def table(dtype: torch.dtype, mode: int) -> tuple[Launch, ...]:
-    """The configurations for a dtype and a mode under the present settings."""
+def architecture(device: torch.device) -> int | None:
+    """80, 90, 100 or 120 of an NVIDIA GPU by its compute capability; None of anything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)[0] * 10
+
+
+def table(dtype: torch.dtype, mode: int, arch: int | None = None) -> tuple[Launch, ...]:
+    """The configurations for a dtype and a mode under the present settings: on an architecture, or (None) all."""
     if dtype == torch.float64:
         return DOUBLE
-    launches = TENSOR
-    if dtype == torch.float32:  # the largest tile spills in TF32 on compute capability 10.0
-        launches = EXACT if precision(dtype) == "ieee" else TENSOR[1:]
+    launches = EXACT if dtype == torch.float32 and precision(dtype) == "ieee" else TENSOR
+    if launches is TENSOR and not (arch in (None, 90) or (arch == 100 and dtype != torch.float32)):
+        launches = TENSOR[1:]  # without wgmma the largest tile spills, and on 100 in TF32
     if mode in (gemm.FLAT.value, gemm.TAP_LOOP.value):  # (see there; flat addresses take many registers, too)
         return tuple(launch for launch in launches if launch.num_warps <= 4)
     return launches
@@ -81,7 +88,7 @@ def choose(
     The time of a tile counts its area and, for what it loads, its sides; few tiles leave the device idle, unless
     (``shared``) each is cut into shares.
     """
-    candidates = table(dtype, mode)
+    candidates = table(dtype, mode, architecture(device))
     if forced is not None:
         if forced not in candidates:
             raise ValueError(f"{forced} is none of the configurations for {dtype} in mode {mode}")

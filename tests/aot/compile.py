@@ -31,7 +31,6 @@ from .jobs import Job, every_job
 
 #: Triton's version as the table has it: a patch release has no table of its own.
 TRITON = ".".join(triton.__version__.split(".")[:2])
-ARCHITECTURES = (80, 90, 100, 120)
 _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .compile import ARCHITECTURES, TRITON, Failed, Found, compile_all, job_hash
-from .jobs import Job, every_job, without_jobs
+from .compile import TRITON, Failed, Found, compile_all, job_hash
+from .jobs import ARCHITECTURES, Job, every_job, without_jobs
 
 TABLE = Path(__file__).with_name("registers.json")
 UPDATE = "python -m tests.aot update"
@@ -25,10 +25,10 @@ Pair = tuple[str, int]
 
 
 class Entry(NamedTuple):
-    """What the table has of a job: its hash, and registers in the order of ARCHITECTURES."""
+    """What the table has of a job: its hash, and registers in the order of ARCHITECTURES (None: not one of its own)."""
 
     hash: str
-    registers: tuple[int, ...]
+    registers: tuple[int | None, ...]
 
 
 # ------------------------------------------------------------------------------------------- the table
@@ -86,7 +86,7 @@ def growth(entry: Entry | None, found: Found | Failed) -> list[str]:
     if entry is None or isinstance(found, Failed):
         return []
     before = entry.registers[ARCHITECTURES.index(found.arch)]
-    if found.registers <= allowed(before):
+    if before is None or found.registers <= allowed(before):
         return []
     return [f"{found.label} sm_{found.arch}: {found.registers} registers, {before} in the table"]
 
@@ -103,9 +103,14 @@ def _features(label: str, arch: int) -> set[tuple[Any, ...]]:
     return {(op, kernel, arch), *((op, kernel, word) for word in words), *((op, word, arch) for word in words)}
 
 
-def subset(labels: Sequence[str], rotation: int, size: int = SUBSET) -> list[Pair]:
+def _pairs(labels: Iterable[str]) -> list[Pair]:
+    """Each job with each of its architectures."""
+    return [(label, arch) for label in labels for arch in every_job()[label].architectures]
+
+
+def subset(every: Iterable[Pair], rotation: int, size: int = SUBSET) -> list[Pair]:
     """Pairs that cover each kernel's words and architectures, filled up to ``size`` by what the rotation deals."""
-    pairs = [(label, arch) for label in sorted(labels) for arch in ARCHITECTURES]
+    pairs = sorted(every)
     random.Random(rotation).shuffle(pairs)
     chosen: list[Pair] = []
     rest: list[Pair] = []
@@ -154,9 +159,9 @@ def check(*, full: bool = False, rotation: int | None = None, report: Callable[[
     unchanged = [label for label in jobs if label not in set(changed)]
     _say(wrong, report)
     rotation = today() if rotation is None else rotation
-    pairs = [(label, arch) for label in (jobs if full else changed) for arch in ARCHITECTURES]
+    pairs = _pairs(jobs if full else changed)
     if not full:
-        pairs += subset(unchanged, rotation)
+        pairs += subset(_pairs(unchanged), rotation)
     report(
         f"Triton {TRITON}: {len(jobs)} jobs on {len(ARCHITECTURES)} architectures, {len(changed)} changed; "
         f"compiling {len(pairs)}" + ("" if full else f" (rotation {rotation})")
@@ -179,10 +184,10 @@ def update(
     kept = {label: entry for label, entry in entries.items() if label in jobs}
     by_label: dict[str, list[Found | Failed]] = {}
     wrong: list[str] = []
-    for one in _compile([(label, arch) for label in labels for arch in ARCHITECTURES], report):
+    for one in _compile(_pairs(labels), report):
         found = by_label.setdefault(one.label, [])
         found.append(one)
-        if len(found) == len(ARCHITECTURES):
+        if len(found) == len(jobs[one.label].architectures):
             problems = _enter(jobs[one.label], found, kept, accept_growth)
             _say(problems, report)
             wrong += problems
@@ -199,5 +204,5 @@ def _enter(job: Job, found: Sequence[Found | Failed], entries: dict[str, Entry],
         problems += [f"{line} (--accept-growth writes it down all the same)" for line in more]
     if not problems:
         registers = {one.arch: one.registers for one in found if isinstance(one, Found)}
-        entries[job.label] = Entry(job_hash(job), tuple(registers[arch] for arch in ARCHITECTURES))
+        entries[job.label] = Entry(job_hash(job), tuple(registers.get(arch) for arch in ARCHITECTURES))
     return problems

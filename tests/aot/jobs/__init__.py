@@ -12,6 +12,8 @@ from triton.runtime.jit import JITFunction
 
 from dlkern.kernels import triton as kernels
 
+ARCHITECTURES = (80, 90, 100, 120)
+
 
 class Job(NamedTuple):
     """A kernel and how it is compiled.
@@ -19,7 +21,7 @@ class Job(NamedTuple):
     ``label`` is the op, the kernel's name and further words that together are no other job's. ``signature`` has
     Triton's name of each argument's type ("constexpr" for those in ``constants``). Pointers, and the integers named in
     ``divisible``, are multiples of 16. ``options`` are Triton's (num_warps among them). ``wgmma``: whether tensor cores
-    of compute capability 9.0 must stand in sm_90's code.
+    of compute capability 9.0 must stand in sm_90's code. ``architectures`` are those that it is launched on.
     """
 
     label: str
@@ -29,6 +31,7 @@ class Job(NamedTuple):
     options: dict[str, Any]
     divisible: tuple[str, ...] = ()
     wgmma: bool = False
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from dlkern.kernels.triton import conv_bn_act, gemm_plan
 from dlkern.kernels.triton import implicit_gemm as gemm
 from dlkern.kernels.triton.gemm_plan import Launch
 
-from . import Job
+from . import ARCHITECTURES, Job
 
 #: (dtype, whether TF32 is allowed)
 _TYPES = (("fp16", True), ("bf16", True), ("fp32", True), ("fp32", False), ("fp64", False))
@@ -89,7 +89,9 @@ def _job(kernel: Any, launch: Launch, mode: str, data: str, tf32: bool, epilogue
         words.append("unit")
     signature = {**dict.fromkeys(kernel.arg_names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
     divisible = tuple(name for name in _ROUND if name in kernel.arg_names and mode != "flat")
-    return Job(" ".join(words), kernel, signature, constants, options, divisible, wgmma=data in ("fp16", "bf16"))
+    where = tuple(arch for arch in ARCHITECTURES if launch in gemm_plan.table(_TORCH[data], code, arch))
+    wgmma = data in ("fp16", "bf16")
+    return Job(" ".join(words), kernel, signature, constants, options, divisible, wgmma, where)
 
 
 def _products() -> Iterator[Job]:
