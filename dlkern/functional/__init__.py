@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from .attention import attention
+from .attention_bias import RelativePositionBias, T5Bias
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_act, conv_bn_act
 from .dtypes import DTYPES, HALF_DTYPES
 
-__all__ = ["DTYPES", "HALF_DTYPES", "batch_norm_act", "conv_act", "conv_bn_act"]
+__all__ = [
+    "DTYPES",
+    "HALF_DTYPES",
+    "RelativePositionBias",
+    "T5Bias",
+    "attention",
+    "batch_norm_act",
+    "conv_act",
+    "conv_bn_act",
+]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import batch_norm_act, conv_bn_act
+from . import attention, batch_norm_act, conv_bn_act
 
-__all__ = ["batch_norm_act", "conv_bn_act"]
+__all__ = ["attention", "batch_norm_act", "conv_bn_act"]
