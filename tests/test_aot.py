@@ -22,7 +22,7 @@ from aot.compile import Failed, Found
 from aot.gate import Entry
 from aot.jobs import Job
 
-from dlkern.kernels.triton import depthwise_plan
+from dlkern.kernels.triton import attention_plan, depthwise_plan
 from dlkern.kernels.triton.gemm_plan import DOUBLE, EXACT, TENSOR
 from dlkern.kernels.triton.tiles import PLANES, ROWS
 
@@ -76,6 +76,14 @@ def test_every_configuration_of_depthwise(labels: list[list[str]]) -> None:
                 types = {label[5] for label in mine if label[3:5] == ["x".join(map(str, launch)), kind]}
                 assert types, (kernel, kind, launch)
         assert {label[5] for label in mine} == {"fp16", "bf16", "fp32", "fp64"}
+
+
+def test_every_configuration_of_attention(labels: list[list[str]]) -> None:
+    mine = [label for label in labels if label[0] == "attention" and label[1] in ("forward_kernel", "tiles_kernel")]
+    for tables in (tables for by_depth in attention_plan.TABLES.values() for tables in by_depth.values()):
+        for launch in (launch for launches in tables for launch in launches.forward):
+            assert any(label[2] == "forward" and label[4] == "x".join(map(str, launch)) for label in mine), launch
+    assert {label[2] for label in mine} == {"forward", "query", "key", "both"}
 
 
 def test_the_subset_covers_and_moves_on(labels: list[list[str]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .attention import attention
+from .attention_bias import RelativePositionBias, T5Bias
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_act, conv_bn_act
 from .depthwise import depthwise_conv2d, depthwise_separable_conv2d
@@ -11,6 +13,9 @@ from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 __all__ = [
     "DTYPES",
     "HALF_DTYPES",
+    "RelativePositionBias",
+    "T5Bias",
+    "attention",
     "batch_norm_act",
     "conv_act",
     "conv_bn_act",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import batch_norm_act, conv_bn_act, depthwise, gru, lstm, rnn
+from . import attention, batch_norm_act, conv_bn_act, depthwise, gru, lstm, rnn
 
-__all__ = ["batch_norm_act", "conv_bn_act", "depthwise", "gru", "lstm", "rnn"]
+__all__ = ["attention", "batch_norm_act", "conv_bn_act", "depthwise", "gru", "lstm", "rnn"]
