@@ -153,6 +153,24 @@ def _model_bars(rows: Rows) -> list[Bar]:
     ]
 
 
+def recurrent(rows: Rows) -> list[str]:
+    """torch.nn's time / dlkern's, a line per case and backend."""
+    lines = [
+        [
+            f"{row['op']} cell" if row["cell"] else str(row["op"]),
+            f"{row['steps']} x {row['batch']} x {row['hidden']}",
+            ", ".join(["training" if row["training"] else "inference", *["packed"] * bool(row["packed"])]),
+            f"{row['row']} ({row['backend']})",
+            _milliseconds(row, "eager"),
+            _paired(row, row["row"]),
+            f">= {row['target']}" if row.get("target") else "",
+        ]
+        for row in rows
+    ]
+    heads = ["layer", "steps x batch x hidden", "mode", "row (backend)", "torch.nn ms", "torch.nn / row", "target"]
+    return table(heads, lines)
+
+
 def device(rows: Rows) -> list[str]:
     """The device's own ceilings."""
     lines = [[row["what"], f"{row['rate']:.4g} {row['unit']}"] for row in rows]
@@ -192,6 +210,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "depthwise": depthwise,
     "call_overhead": call_overhead,
     "device": device,
+    "recurrent": recurrent,
     "models": models,
     "suite": suite,
 }

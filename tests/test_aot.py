@@ -227,6 +227,8 @@ def test_check(labels: list[list[str]]) -> None:
     """What changed since the table was written, and today's subset of the rest."""
     if importlib.util.find_spec("triton.backends.nvidia") is None:
         pytest.fail("this triton has no NVIDIA compiler")
+    if gate.TRITON not in gate.read_table():
+        pytest.skip(f"tests/aot/registers.json has no table of Triton {gate.TRITON}")
     out = _python("-m", "tests.aot", "check")
     assert out.returncode == 0, out.stdout[-8000:] + out.stderr[-4000:]
     types = {name: getattr(torch, word) for word, names in _TYPES.items() for name in names}
