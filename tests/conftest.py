@@ -26,6 +26,9 @@ EXAMPLES_TIMES = int(os.environ.get("DLKERN_EXAMPLES_TIMES", "1"))
 settings.register_profile("dlkern", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("dlkern")
 
+#: Tensors in a parametrization, whose values stand in test ids, are the same in every process of pytest-xdist.
+torch.manual_seed(0)
+
 _NO_DEVICE = "no CUDA device"
 
 
