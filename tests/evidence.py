@@ -29,10 +29,12 @@ def record(op: str, backend: str, dtype: torch.dtype, how: str | None = None) ->
     Raises:
         ValueError: an unknown ``how``.
     """
+    if backend in ("torch", "reference"):
+        return  # PyTorch's own kernels
     if how is None:
         cuda = torch.cuda.is_available()
         # without a GPU CUDA C++ runs under the host shim alone (tests/host_shim)
-        on_host = backend in ("cpu", "reference") or (backend == "cuda" and not cuda)
+        on_host = backend == "cpu" or (backend == "cuda" and not cuda)
         how = "host-run" if on_host else "gpu" if cuda else "interpreted"
         if how == "gpu" and os.environ.get(SANITIZER_VARIABLE):
             record(op, backend, dtype, "sanitized")
