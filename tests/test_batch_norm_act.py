@@ -19,6 +19,7 @@ from dlkern.functional import batch_norm_act
 from dlkern.kernels import layout
 from dlkern.kernels.activation import NAMES, Activation
 from dlkern.kernels.reference import activation as reference_activation
+from dlkern.ops import batch_norm_act as op
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -400,6 +401,33 @@ def test_the_number_of_threads_changes_nothing(layout_name: str, shape: tuple[in
     for other in found[1:]:
         for name, a, b in zip(other._fields, found[0], other, strict=True):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 9, 7), (2, 64, 96, 96)], ids=str)  # the large one would be streamed
+def test_in_inference_an_input_that_nobody_holds_is_overwritten(
+    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
+    x, residual = (t.to(dtype).contiguous(memory_format=memory_format) for t in torch.randn(2, *shape))
+    mean, weight = torch.randn(2, shape[1], dtype=dtype)
+    var = torch.rand(shape[1]).to(dtype) + 0.5
+
+    def apply(x: Tensor, *, batch_stats: bool = False, overwrite: bool = True) -> Tensor:
+        act = Activation("relu")
+        inputs = (x, weight, None, residual, mean.clone(), var.clone(), batch_stats, 0.1, 1e-5, act)
+        with dlkern.backend("cpu"):
+            return op.apply(*inputs, overwrite=overwrite)
+
+    want = apply(x, overwrite=False)
+    for keeping in (apply(x, batch_stats=True), apply(x.detach().requires_grad_())):
+        assert keeping.data_ptr() != x.data_ptr()
+    given = x.clone(memory_format=torch.preserve_format)
+    found = apply(given)
+    assert found.data_ptr() == given.data_ptr()
+    assert torch.equal(found, want)
+    with torch.overrides.BaseTorchFunctionMode():  # one may keep what it sees
+        assert apply(x).data_ptr() != x.data_ptr()
 
 
 class _Normalising(torch.utils.data.Dataset):

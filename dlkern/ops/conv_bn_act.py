@@ -350,7 +350,7 @@ def apply(
             return reference_activation.forward(c if residual is None else c + residual, activation)
         return batch_norm_act.apply(
             c, bn_weight, bn_bias, residual, running_mean, running_var, norm == "batch", momentum, eps, activation,
-            recompute.MemoryEfficientFunction if memory_efficient and not plain else None,
+            recompute.MemoryEfficientFunction if memory_efficient and not plain else None, overwrite=True,
         )  # fmt: skip
     inputs = (
         x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var,

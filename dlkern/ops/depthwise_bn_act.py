@@ -98,7 +98,7 @@ def apply(
         return reference_activation.forward(c if residual is None else c + residual, activation)
     return batch_norm_act.apply(
         c, bn_weight, bn_bias, residual, running_mean, running_var, norm == "batch", momentum, eps, activation,
-        recompute.MemoryEfficientFunction if keep_less else None,
+        recompute.MemoryEfficientFunction if keep_less else None, overwrite=True,
     )  # fmt: skip
 
 

@@ -44,12 +44,16 @@ def forward(
     momentum: float,
     eps: float,
     activation: Activation,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd."""
+    """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd.
+
+    With ``overwrite``, which the contract has not, y takes the memory of a dense x, by running statistics alone.
+    """
     if running_mean is None and not batch_stats:
         raise ValueError("running statistics are needed where batch statistics are not used")
-    x = layout.dense(x)
-    y = torch.empty_like(x)
+    given, x = x, layout.dense(x)
+    y = x if overwrite and x is given and not batch_stats else torch.empty_like(x)
     channels = x.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = torch.empty(channels, dtype=wide, device=x.device)
