@@ -9,7 +9,7 @@ from torch import Tensor
 from . import tiles
 from .implicit_gemm import condense_statistics_kernel
 
-_BLOCK_SHARES, _BLOCK_CHANNELS = 64, 8
+BLOCK_SHARES, BLOCK_CHANNELS = 64, 8
 
 
 def condense_statistics(partial: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def _condensed(partial: Tensor, per_split: int) -> Tensor:
     _, shares, channels = partial.shape
     splits = triton.cdiv(shares, per_split)
     out = torch.empty(3, splits, channels, dtype=partial.dtype, device=partial.device)
-    condense_statistics_kernel[(triton.cdiv(channels, _BLOCK_CHANNELS), splits)](
-        partial, out, channels, shares, per_split, BLOCK_S=_BLOCK_SHARES, BLOCK_C=_BLOCK_CHANNELS
+    condense_statistics_kernel[(triton.cdiv(channels, BLOCK_CHANNELS), splits)](
+        partial, out, channels, shares, per_split, BLOCK_S=BLOCK_SHARES, BLOCK_C=BLOCK_CHANNELS
     )
     return out
