@@ -8,6 +8,13 @@ namespace dlkern::cuda::depthwise {
 
 using Args = DepthwiseArgs;
 
+constexpr int kMaxThreads = 256;
+
+// Blocks that a multiprocessor must be able to hold, which bounds the registers of a thread to 128, or 255 for the
+// kernels that hold most. (Left alone, the compiler spills a few for one block more.)
+template <int kWidth, bool kMany>
+constexpr int kBlocks = kWidth == 8 && kMany ? 1 : 2;
+
 // Rows that a thread works on at a time, each with what it has of a column in registers.
 template <int kStride>
 constexpr int kRows = kStride == 2 ? 2 : 4;
