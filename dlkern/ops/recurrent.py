@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dlkern import dispatch
-from dlkern.kernels.reference.recurrent import Forward, Needs, Request, wide_dtype
+from dlkern.kernels.reference.batch_norm_act import accumulate_dtype
+from dlkern.kernels.reference.recurrent import Forward, Needs, Request
 
 from . import library
 
@@ -42,19 +43,10 @@ class Family(NamedTuple):
 
 
 def _default_order(name: str, request: Request) -> Sequence[str]:
-    """PyTorch's time / the cpu backend's: one thread of an AVX2 EPYC, float32, as many inputs as hidden units.
+    """By benchmarks/results/amd-epyc/recurrent.json: float32, one thread, as many inputs as hidden units.
 
-    steps x batch x hidden   1x1x256  128x1x256  128x2x256  128x3x256  128x4x256  128x16x256  64x32x512
-    lstm, inference            2.4      1.26       1.09       0.95       0.85       0.79
-    lstm, training             2.0      1.14       1.12       1.10       0.91       0.87        0.82
-    gru, inference                      2.6                              2.1        1.4
-    gru, training                       5.2                              2.9        1.6         1.25
-    rnn, inference                      2.6                              2.0        1.5
-    rnn, training                       4.0                              2.6        1.5
-
-    PyTorch hands an LSTM's whole sequences to oneDNN, which wins from three of them on; packed (2.8 for 128x16x256)
-    and projected ones (1.2 and 1.5 for 32x16x256) it does not. A cell is a call of two products: 1.2 at 1x256 in
-    inference, 1.0 in training, 0.8 at 64x256 in training, and less the smaller it is.
+    PyTorch hands an LSTM's whole sequences to oneDNN, which wins from three of them on; packed and projected ones it
+    does not. A cell is a call of two products, in which there is something to win only in inference on a few rows.
     """
     if request.device != "cpu":
         return ("torch",)  # until a committed results file shows ours right and not slower
@@ -118,7 +110,7 @@ def _fakes(gates: int, has_cell: bool) -> tuple[Callable[..., Any], Callable[...
         hidden, outputs = weight_hh.size(0) // gates, weight_hh.size(1)
         rows = x.size(0) * x.size(1) if batch_sizes is None else x.size(0)
         batch = x.size(1) if batch_sizes is None else h0.size(0)  # type: ignore[union-attr]  # given with packed ones
-        wide, none = wide_dtype(x.dtype), x.new_empty(0)
+        wide, none = accumulate_dtype(x.dtype), x.new_empty(0)
 
         def kept(width: int) -> Tensor:
             return x.new_empty((rows, width), dtype=wide)

@@ -20,8 +20,9 @@ try:
 except ImportError:  # ``supports`` says why
     _C: ModuleType | None = None  # type: ignore[no-redef]
 
-LSTM, GRU, RNN_TANH, RNN_RELU = range(4)
-_GATES = {LSTM: 4, GRU: 3, RNN_TANH: 1, RNN_RELU: 1}
+#: csrc's cell of a family and its activation (csrc/include/dlkern/recurrent.h).
+_CELLS = {("lstm", "tanh"): 0, ("gru", "tanh"): 1, ("rnn", "tanh"): 2, ("rnn", "relu"): 3}
+_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 _DTYPES = {torch.float32: 0, torch.float64: 1}
 
 #: Up to this many rows x W_ih^T is made in the loop's own call: no product of so few rows is worth one of its own.
@@ -61,7 +62,7 @@ def _sizes(x: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
 
 
 def forward(
-    cell: int,
+    family: str,
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -71,6 +72,8 @@ def forward(
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    *,
+    activation: str,
     reverse: bool,
     saves: bool,
 ) -> Forward:
@@ -79,7 +82,7 @@ def forward(
     h0, c0, bias_hh, weight_hr, batch_sizes = map(_optional, (h0, c0, bias_hh, weight_hr, batch_sizes))
     steps, batch, rows = _sizes(x, batch_sizes)
     width, outputs = weight_hh.shape
-    hidden = width // _GATES[cell]
+    hidden = width // _GATES[family]
     dtype, empty = x.dtype, torch.empty
     in_loop = rows <= _FEW_ROWS
     gates = None
@@ -93,14 +96,14 @@ def forward(
         gates = torch.addmm(bias_ih, reference.rows_of(x), weight_ih.t())
     output = empty((*x.shape[:-1], outputs), dtype=dtype)
     h_n = empty((batch, outputs), dtype=dtype)
-    c_n = empty((batch, hidden), dtype=dtype) if cell == LSTM else None
-    cells = empty((rows, hidden), dtype=dtype) if cell == LSTM and saves else None
+    c_n = empty((batch, hidden), dtype=dtype) if family == "lstm" else None
+    cells = empty((rows, hidden), dtype=dtype) if family == "lstm" and saves else None
     extra = None
-    if cell == GRU or weight_hr is not None:
+    if family == "gru" or weight_hr is not None:
         extra = empty((rows if saves else batch, hidden), dtype=dtype)
     _C.recurrent_forward(
         _DTYPES[dtype],
-        cell,
+        _CELLS[family, activation],
         steps,
         batch,
         rows,
@@ -128,11 +131,11 @@ def forward(
     )
     if not saves:
         return Forward(output, h_n, c_n)
-    return Forward(output, h_n, c_n, gates if cell in (LSTM, GRU) else None, cells, extra)
+    return Forward(output, h_n, c_n, gates if family != "rnn" else None, cells, extra)
 
 
 def backward(
-    cell: int,
+    family: str,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
@@ -147,6 +150,8 @@ def backward(
     gates: Tensor | None,
     cells: Tensor | None,
     extra: Tensor | None,
+    *,
+    activation: str,
     reverse: bool,
     needs: Needs,
 ) -> Gradients:
@@ -158,7 +163,7 @@ def backward(
     if transposed:
         weight_hh, weight_hr = weight_hh.t(), None if weight_hr is None else weight_hr.t()
     weight_hh, weight_hr = _plain(weight_hh), _optional(weight_hr)
-    hidden = width // _GATES[cell]
+    hidden = width // _GATES[family]
 
     def empty(count: int, columns: int) -> Tensor:
         return torch.empty((count, columns), dtype=x.dtype)
@@ -167,16 +172,16 @@ def backward(
         return empty(batch, columns).zero_() if grad is None else empty(batch, columns).copy_(grad)
 
     grad_h = state(grad_h_n, outputs)
-    grad_c = state(grad_c_n, hidden) if cell == LSTM else None
+    grad_c = state(grad_c_n, hidden) if family == "lstm" else None
     grad_gates = empty(rows, width)
     grad_extra = scratch = None
-    if cell == GRU:
+    if family == "gru":
         grad_extra = empty(rows, width)
     elif weight_hr is not None:
         grad_extra, scratch = empty(rows, outputs), empty(batch, hidden)
     _C.recurrent_backward(
         _DTYPES[x.dtype],
-        cell,
+        _CELLS[family, activation],
         steps,
         batch,
         rows,
@@ -206,7 +211,7 @@ def backward(
     def h_before() -> Tensor:
         return reference.before(reference.rows_of(output), h0, reference.step_sizes(x, batch_sizes), reverse)
 
-    recurrent = grad_extra if cell == GRU and grad_extra is not None else grad_gates
+    recurrent = grad_extra if family == "gru" and grad_extra is not None else grad_gates
     dx, dw_ih, dw_hh, db_ih, db_hh = reference.finish(x, h_before, grad_gates, recurrent, weight_ih, needs)
     dw_hr = None
     if needs.weight_hr and grad_extra is not None and extra is not None:

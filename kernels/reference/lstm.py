@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 
 from . import recurrent
-from .recurrent import Forward, Gradients, Needs, Request, States
+from .batch_norm_act import accumulate_dtype
+from .recurrent import Forward, Gradients, Needs, States, supports
 
-
-def supports(request: Request) -> str | None:
-    """The reference runs everything."""
-    del request
-    return None
+__all__ = ["backward", "forward", "supports"]
 
 
 def forward(
@@ -39,7 +36,7 @@ def forward(
     """The layer's output and final states, and with ``saves`` what backward needs."""
     del activation  # "tanh"
     sizes = recurrent.step_sizes(x, batch_sizes)
-    dtype = recurrent.wide_dtype(x.dtype)
+    dtype = accumulate_dtype(x.dtype)
     recurrent_weight = weight_hh.to(dtype).t()
     projection = None if weight_hr is None else weight_hr.to(dtype).t()
     inputs = recurrent.rows_of(x).to(dtype) @ weight_ih.to(dtype).t()

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from . import recurrent
-from .recurrent import Forward, Gradients, Needs, Request, States
+from .batch_norm_act import accumulate_dtype
+from .recurrent import Forward, Gradients, Needs, States, supports
 
-
-def supports(request: Request) -> str | None:
-    """The reference runs everything."""
-    del request
-    return None
+__all__ = ["backward", "forward", "supports"]
 
 
 def forward(
@@ -38,7 +35,7 @@ def forward(
     """The layer's output and final state; backward needs nothing more. c0 and weight_hr are None."""
     del c0, weight_hr, saves
     sizes = recurrent.step_sizes(x, batch_sizes)
-    dtype = recurrent.wide_dtype(x.dtype)
+    dtype = accumulate_dtype(x.dtype)
     act = torch.relu if activation == "relu" else torch.tanh
     recurrent_weight = weight_hh.to(dtype).t()
     inputs = recurrent.rows_of(x).to(dtype) @ weight_ih.to(dtype).t()
@@ -77,7 +74,7 @@ def backward(
     """Gradients as in :mod:`.lstm`; those of c0 and weight_hr are None."""
     del grad_c_n, c0, weight_hr, gates, cells, extra
     sizes = recurrent.step_sizes(x, batch_sizes)
-    rows_out = recurrent.rows_of(output).to(recurrent.wide_dtype(x.dtype))
+    rows_out = recurrent.rows_of(output).to(accumulate_dtype(x.dtype))
     recurrent_weight = weight_hh.to(rows_out.dtype)
     grad_rows = None if grad_output is None else recurrent.rows_of(grad_output).to(rows_out.dtype)
     states = (recurrent.initial(grad_h_n, max(sizes), weight_hh.size(1), rows_out),)
