@@ -170,13 +170,16 @@ def test_dropout_leaves_out_the_same_units_at_each_step(op: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------ layers
+_TWO = ("ih_l0", "hh_l0", "ih_l1", "hh_l1")
+
+
 @pytest.mark.parametrize(
     ("layer", "names"),
     [
         (dlkern.nn.LayerNormLSTM(3, 5), {"norm_ih_l0": 20, "norm_hh_l0": 20, "norm_c_l0": 5, "norm_c_bias_l0": 5}),
         (dlkern.nn.LSTM(3, 5, peephole=True, bidirectional=True), {"peephole_l0": 15, "peephole_l0_reverse": 15}),
         (dlkern.nn.GRU(3, 5, layer_norm=True), {"norm_ih_l0": 15, "norm_hh_l0": 15}),
-        (dlkern.nn.RNN(3, 5, layer_norm=True, num_layers=2), dict.fromkeys(("norm_ih_l0", "norm_hh_l0", "norm_ih_l1", "norm_hh_l1"), 5)),
+        (dlkern.nn.RNN(3, 5, layer_norm=True, num_layers=2), {f"norm_{k}": 5 for k in _TWO}),
         (dlkern.nn.LSTMCell(3, 5, layer_norm=True, peephole=True),
          {"norm_ih": 20, "norm_hh": 20, "norm_c": 5, "norm_c_bias": 5, "peephole": 15}),
         (dlkern.nn.GRUCell(3, 5, layer_norm=True), {"norm_ih": 15, "norm_hh": 15}),

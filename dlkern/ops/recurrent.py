@@ -308,6 +308,7 @@ def family(name: str, gates: int, has_cell: bool, double: Any) -> Family:
                 "torch": "torch",
                 "reference": f"dlkern.kernels.reference.{name}",
                 "cpu": f"dlkern.kernels.cpu.{name}",
+                "triton": f"dlkern.kernels.triton.{name}",
             },
             lambda request: _default_order(name, request),
         )
