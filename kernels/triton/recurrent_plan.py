@@ -28,12 +28,11 @@ class Launch(NamedTuple):
 STEPS = (Launch(STEP, 16, 32, 64, 4, 3), Launch(STEP, 64, 32, 32, 8, 3))
 EXACT = (Launch(STEP, 16, 32, 32, 4, 1), Launch(STEP, 32, 32, 32, 8, 1))
 DOUBLE = (Launch(STEP, 16, 16, 16, 8, 1),)
-#: A whole sequence, by the power of two that holds its units.
+#: A whole sequence, by the power of two that holds its units; for 128 of them ptxas spills the weight.
 SEQUENCES = {
     16: Launch(SEQUENCE, 16, 16, 16, 4, 2),
     32: Launch(SEQUENCE, 16, 32, 32, 4, 2),
-    64: Launch(SEQUENCE, 16, 64, 64, 8, 2),
-    128: Launch(SEQUENCE, 16, 128, 128, 8, 1),
+    64: Launch(SEQUENCE, 16, 64, 64, 8, 1),
 }
 SEQUENCES_EXACT = {size: Launch(SEQUENCE, 16, size, size, 8, 1) for size in (16, 32)}
 #: Sizes up to which a row of a cell fits a program.
@@ -74,8 +73,7 @@ def candidates(dtype: torch.dtype, hidden: int, *, norm: bool) -> tuple[Launch, 
         return DOUBLE
     size = max(16, triton.next_power_of_2(hidden))
     exact = dtype == torch.float32 and precision(dtype) == "ieee"  # (its products take many registers)
-    most = 64 if dtype == torch.float32 else 128
-    sequences = SEQUENCES_EXACT if exact else {units: launch for units, launch in SEQUENCES.items() if units <= most}
+    sequences = SEQUENCES_EXACT if exact else SEQUENCES
     cell = (Launch(CELL, 1, 0, 0, row_warps(size), 1),) if hidden <= MOST_UNITS else ()
     return (*((sequences[size],) if size in sequences else ()), *(EXACT if exact else STEPS), *cell)
 
