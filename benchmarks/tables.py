@@ -159,7 +159,13 @@ def recurrent(rows: Rows) -> list[str]:
         [
             f"{row['op']} cell" if row["cell"] else str(row["op"]),
             f"{row['steps']} x {row['batch']} x {row['hidden']}",
-            ", ".join(["training" if row["training"] else "inference", *["packed"] * bool(row["packed"])]),
+            ", ".join(
+                [
+                    "training" if row["training"] else "inference",
+                    *["packed"] * bool(row["packed"]),
+                    *[row["variant"]] * bool(row.get("variant")),
+                ]
+            ),
             f"{row['row']} ({row['backend']})",
             _milliseconds(row, "eager"),
             _paired(row, row["row"]),

@@ -6,7 +6,7 @@ from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .conv_bn_act import ConvBNAct2d
 from .depthwise import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConvBNAct2d, DepthwiseSeparableConv2d
 from .gru import GRU, GRUCell
-from .lstm import LSTM, LSTMCell
+from .lstm import LSTM, LayerNormLSTM, LSTMCell
 from .rnn import RNN, RNNCell
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "DepthwiseSeparableConv2d",
     "GRUCell",
     "LSTMCell",
+    "LayerNormLSTM",
     "RNNCell",
 ]
