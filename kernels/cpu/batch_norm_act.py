@@ -62,12 +62,20 @@ def forward(
     momentum: float,
     eps: float,
     activation: Activation,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd."""
+    """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd.
+
+    ``out``: where y goes, like x in shape and dtype: channels of a dense map that has more, of x's memory format.
+    """
     if running_mean is None and not batch_stats:
         raise ValueError("running statistics are needed where batch statistics are not used")
     x = layout.dense(x)
-    y = torch.empty_like(x)
+    view = layout.of(x)
+    in_place = out is not None and layout.is_part(out, view)
+    y = out if in_place else torch.empty_like(x)
+    assert y is not None
+    y_step = layout.step(y, view) if in_place else view.channels * view.inner
     channels = x.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = torch.empty(channels, dtype=wide, device=x.device)
@@ -91,18 +99,21 @@ def forward(
         invstd.data_ptr(),
         _DTYPES[x.dtype],
         _param_dtype(x, weight, bias, mean_in),
-        *layout.of(x),
+        *view,
         batch_stats,
         momentum,
         eps,
         CODES[activation.name],
         activation.param,
+        y_step,
         torch.get_num_threads(),
     )
     if batch_stats:
         for statistic, moved in ((running_mean, mean_in), (running_var, var_in)):
             if moved is not statistic:
                 statistic.copy_(moved)
+    if out is not None and not in_place:
+        y = out.copy_(y)
     return y, mean, invstd
 
 
@@ -140,7 +151,12 @@ def backward(
     if y is not None:
         y = layout.like(y, x)
     weight, bias = _parameter(weight), _parameter(bias)
-    grad_y = layout.like(grad_y, x)
+    view = layout.of(x)
+    grad_step = view.channels * view.inner
+    if grad_y.stride() != x.stride() and layout.is_part(grad_y, view):
+        grad_step = layout.step(grad_y, view)
+    else:
+        grad_y = layout.like(grad_y, x)
     _C.batch_norm_act_backward(
         grad_y.data_ptr(),
         x.data_ptr(),
@@ -156,10 +172,11 @@ def backward(
         _address(grad_residual),
         _DTYPES[x.dtype],
         _param_dtype(x, weight, bias),
-        *layout.of(x),
+        *view,
         batch_stats,
         CODES[activation.name],
         activation.param,
+        grad_step,
         torch.get_num_threads(),
     )
     return grad_x, grad_weight, grad_bias, grad_residual
