@@ -19,7 +19,6 @@ from ._swap import check, swap
 from ._swap.classes import plan_of
 from ._swap.find import join
 
-
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 

@@ -89,7 +89,7 @@ def is_part(t: Tensor, view: Layout) -> bool:
     """Whether t (N, C, H, W) is consecutive channels of a dense map, of this layout, that may have more."""
     if t.dim() != 4 or t.is_neg():
         return False
-    n, _, h, w = t.shape
+    h, w = t.shape[2:]
     s = step(t, view)
     strides = (h * w * s, 1, w * s, s) if view.channels_last else (s, h * w, w, 1)
     same = all(size == 1 or ours == theirs for size, ours, theirs in zip(t.shape, t.stride(), strides, strict=True))

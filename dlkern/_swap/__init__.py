@@ -43,7 +43,8 @@ def swap(
     when it was traced (argument kinds, attributes, module classes, hooks); where a guard fails the
     stock forward runs and ``report(model).calls.fallback`` counts it. Swapping again starts afresh.
 
-    Sites of this version, each as far as it is there: Conv2d or ConvTranspose2d, BatchNorm, an addition, an activation. In
+    Sites of this version, each as far as it is there: Conv2d or ConvTranspose2d, BatchNorm, an addition, an
+    activation. In
     training the convolution is called as it stands and what follows is fused; in inference without
     gradients the batch norm is folded into the convolution where that is faster. Depthwise convolutions,
     of one or two dimensions, run their own kernels, in such a site or wherever else they stand. LSTM, GRU,

@@ -37,7 +37,7 @@ class AtrousConv2d(nn.Conv2d):
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
         return functional.atrous_conv2d(
@@ -175,9 +175,10 @@ def parts_of(block: nn.Module, is_module: Callable[[nn.Module, type[nn.Module]],
     """
     is_module = is_module or _is_plain
     try:
-        convs, last = block.convs, list(block.project)  # type: ignore[arg-type]
-        branches = list(convs)  # type: ignore[arg-type]
-        if len(branches) < 2 or len(last) != 4 or not is_module(block.project, nn.Sequential):  # type: ignore[arg-type]
+        convs: Any = block.convs
+        project: Any = block.project
+        branches, last = list(convs), list(project)
+        if len(branches) < 2 or len(last) != 4 or not is_module(project, nn.Sequential):
             raise _Unknown("its children are not those of torchvision's ASPP")
         found = tuple(_part(list(branch), branch, is_module) for branch in branches[:-1])
         pool, *pooled = list(branches[-1])
@@ -187,8 +188,8 @@ def parts_of(block: nn.Module, is_module: Callable[[nn.Module, type[nn.Module]],
         parts = Parts(
             found,
             _part(pooled, branches[-1], is_module),
-            _part(last[:3], block.project, is_module),
-            last[3],  # type: ignore[arg-type]
+            _part(last[:3], project, is_module),
+            last[3],
         )
     except (AttributeError, TypeError, ValueError):  # no such children, or not so many
         return "its children are not those of torchvision's ASPP"
@@ -211,9 +212,7 @@ def _expect(module: nn.Module, kind: type[nn.Module], is_module: Callable[[nn.Mo
         raise _Unknown(f"a {type(module).__name__} of it has hooks, or stands where a {kind.__name__} is expected")
 
 
-def _part(
-    modules: list[nn.Module], branch: nn.Module, is_module: Callable[[nn.Module, type[nn.Module]], bool]
-) -> Part:
+def _part(modules: list[nn.Module], branch: nn.Module, is_module: Callable[[nn.Module, type[nn.Module]], bool]) -> Part:
     first, norm, activation = modules
     _expect(branch, nn.Sequential, is_module)
     depthwise: Any = None

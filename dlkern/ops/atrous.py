@@ -211,10 +211,8 @@ class ConcatBNActFunction(torch.autograd.Function):
         dparameters: list[Tensor | None] = []
         for i, part in enumerate(_parts([x.size(1) for x in maps], grad)):
             needs_weight, needs_bias = needs[branches + 4 * i : branches + 4 * i + 2]
-            dx, dweight, dbias = _branch_gradients(
-                ctx, i, part, maps[i], *parameters[2 * i : 2 * i + 2], *kept[2 * i : 2 * i + 2],
-                needs[i], needs_weight or needs_bias,
-            )  # fmt: skip
+            tensors = (*parameters[2 * i : 2 * i + 2], *kept[2 * i : 2 * i + 2])
+            dx, dweight, dbias = _branch_gradients(ctx, i, part, maps[i], tensors, needs[i], needs_weight or needs_bias)
             dmaps.append(dx if needs[i] else None)
             dparameters += [dweight if needs_weight else None, dbias if needs_bias else None, None, None]
         return (None, None, *dmaps, *dparameters)
@@ -225,13 +223,12 @@ def _branch_gradients(
     branch: int,
     grad: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    tensors: tuple[Any, ...],
     needs_x: bool,
     needs_params: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A branch's gradients of its map, weight and bias; ``tensors`` are weight, bias, mean and invstd."""
+    weight, bias, mean, invstd = tensors
     batch_stats, _, eps, activation = ctx.options[branch]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # create_graph=True: the gradient itself is differentiated, so it is composed of PyTorch's own ops
@@ -253,9 +250,7 @@ def _branch_gradients(
             needs_residual=False,
         )[:3]
     run: Any = _backward if library.unwatched(grad) else backward_op
-    return run(
-        grad, x, weight, bias, mean, invstd, batch_stats, *activation, needs_x, needs_params, ctx.implementation
-    )
+    return run(grad, x, weight, bias, mean, invstd, batch_stats, *activation, needs_x, needs_params, ctx.implementation)
 
 
 class PooledMean(torch.autograd.Function):
@@ -286,10 +281,10 @@ def apply(
     first = maps[0]
     backend = choose(maps, parameters, options)
     if backend == "torch" or first.numel() == 0:
-        made = [
-            batch_norm_act.apply(x, *tensors[:2], None, *tensors[2:], *option)  # type: ignore[call-arg]
-            for x, tensors, option in zip(maps, parameters, options, strict=True)
-        ]
+        made = []
+        for x, (weight, bias, *statistics), option in zip(maps, parameters, options, strict=True):
+            mean, var = statistics
+            made.append(batch_norm_act.apply(x, weight, bias, None, mean, var, *option))
         return torch.cat(made, 1)
     flat = [p for tensors in parameters for p in tensors]
     if library.wants_gradient(*maps, *(p for tensors in parameters for p in tensors[:2])):
@@ -297,9 +292,7 @@ def apply(
     return _run(backend, options, maps, flat)[0]
 
 
-def choose(
-    maps: Sequence[Tensor], parameters: Sequence[tuple[Tensor | None, ...]], options: Sequence[Options]
-) -> str:
+def choose(maps: Sequence[Tensor], parameters: Sequence[tuple[Tensor | None, ...]], options: Sequence[Options]) -> str:
     """The backend that runs a call: "torch" where it is that of any branch.
 
     Raises:

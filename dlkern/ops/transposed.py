@@ -1,7 +1,7 @@
 """act(batch_norm(conv_transpose2d(x, weight) + bias)): library ops, autograd Function, implementations.
 
-"torch" here means PyTorch's own transposed convolution with the op ``batch_norm_act`` right behind it, which has its own
-choice of implementations. The other implementations take the convolution, too. Arguments have been checked by
+"torch" here means PyTorch's own transposed convolution with the op ``batch_norm_act`` right behind it, which has its
+own choice of implementations. The other implementations take the convolution, too. Arguments have been checked by
 :mod:`dlkern.functional`.
 """
 
@@ -290,10 +290,7 @@ def apply(
     request = request_of(x, weight, parameter, geometry, norm, saves, activation.name)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     forced = dispatch.forced(NAME)
-    if transformed and forced is None:
-        backend = "torch"
-    else:
-        backend = dispatch.choose(NAME, request).backend
+    backend = "torch" if transformed and forced is None else dispatch.choose(NAME, request).backend
     if transformed and backend != "torch":
         raise RuntimeError(
             f"{NAME}: the {backend} backend has no torch.func transforms and no forward-mode gradients; "

@@ -54,7 +54,7 @@ def fold(
     eps: float,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one transposed convolution that computes batch_norm(conv_transpose2d(x, weight) + bias)."""
+    """Weight and bias of the transposed convolution that computes batch_norm(conv_transpose2d(x, weight) + bias)."""
     scale, shift = affine(bias, bn_weight, bn_bias, running_mean, running_var, eps)
     rows, columns, r, s = weight.shape  # a row's columns are the output channels of the row's group
     grouped = weight.view(groups, rows // groups, columns, r, s) * scale.view(groups, 1, columns, 1, 1)
@@ -77,9 +77,7 @@ def affine(
     return scale, shift if bn_bias is None else shift + bn_bias
 
 
-def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation
-) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation) -> Tensor:
     """act(conv_transpose2d(x, weight) + bias) by oneDNN, in one pass."""
     stride, padding, output_padding, groups, dilation = geometry
     name, scalars, algorithm = _POST_OPS[activation.name](activation)

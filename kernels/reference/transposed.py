@@ -38,7 +38,13 @@ class Geometry(NamedTuple):
         height, width = (
             (size - 1) * step - 2 * pad + spread * (kernel - 1) + extra + 1
             for size, step, pad, spread, kernel, extra in zip(
-                x.shape[2:], self.stride, self.padding, self.dilation, weight.shape[2:], self.output_padding, strict=True
+                x.shape[2:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                weight.shape[2:],
+                self.output_padding,
+                strict=True,
             )
         )
         return x.size(0), weight.size(1) * self.groups, height, width

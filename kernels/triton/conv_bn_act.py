@@ -141,7 +141,7 @@ def forward(
             **gemm_plan.meta(
                 launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, y), depth,
                 skip=gemm_plan.skips(weight, convolution, mode, *x.shape[2:]),
-            ),  # fmt: skip
+            ),
             enable_fp_fusion=False,  # as batch_norm_act: backward recomputes forward's mask exactly
         )  # fmt: skip
         if batch:

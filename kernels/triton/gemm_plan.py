@@ -77,7 +77,8 @@ def table(dtype: torch.dtype, mode: int, arch: int | None = None) -> tuple[Launc
     launches = EXACT if dtype == torch.float32 and precision(dtype) == "ieee" else TENSOR
     if launches is TENSOR and not (arch in (None, 90) or (arch == 100 and dtype != torch.float32)):
         launches = TENSOR[1:]  # without wgmma the largest tile spills, and on 100 in TF32
-    if mode in (gemm.FLAT.value, gemm.TAP_LOOP.value, gemm.PHASES.value):  # (see there; flat addresses take many registers, too)
+    # (see there; flat addresses take many registers, too)
+    if mode in (gemm.FLAT.value, gemm.TAP_LOOP.value, gemm.PHASES.value):
         return tuple(launch for launch in launches if launch.num_warps <= 4)
     return launches
 
