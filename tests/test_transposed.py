@@ -46,8 +46,12 @@ def test_parity(case: Case, target: tuple[str, str]) -> None:
 
 INFERENCE = [
     case._replace(norm=norm, activation=activation, dtype=torch.float32, param_dtype=None)
-    for case, activations in ((CASES[0], ("relu", "tanh")), (CASES[1], tuple(cpu._POST_OPS)), (CASES[3], ("relu",)),
-                              (CASES[4], ("silu",)))  # fmt: skip
+    for case, activations in (
+        (CASES[0], ("relu", "tanh")),
+        (CASES[1], tuple(cpu._POST_OPS)),
+        (CASES[3], ("relu",)),
+        (CASES[4], ("silu",)),
+    )  # fmt: skip
     for activation in activations
     for norm in ("running", "none")
 ]
@@ -199,7 +203,10 @@ def test_one_value_per_channel() -> None:
 
 def test_a_forced_backend_that_cannot_says_why() -> None:
     t = {name: v.half() for name, v in _tensors().items()}
-    with dlkern.backend(transposed="cpu"), pytest.raises(RuntimeError, match=r"folds in float32, not in torch\.float16"):
+    with (
+        dlkern.backend(transposed="cpu"),
+        pytest.raises(RuntimeError, match=r"folds in float32, not in torch\.float16"),
+    ):
         conv_transpose_bn_act(**t, stride=2)
 
 

@@ -1,4 +1,7 @@
-"""The rewrite of atrous spatial pyramid pooling: blocks of known libraries, recognised by their exact type.
+"""The rewrite of atrous spatial pyramid pooling: blocks built as torchvision's is, recognised by their code.
+
+A block's class, and that of its pooled branch, have a forward whose code is that of one of the functions below: those of
+torchvision and segmentation_models_pytorch, and of the many copies of them. What the children are is then looked at.
 
 The sites inside of a block (its convolutions with norm and activation) are rewritten as anywhere else. The block itself
 becomes a site on top of them: it runs as one, and where it cannot, for a hook say, its own forward calls its children,
@@ -8,9 +11,11 @@ which are rewritten.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlkern import dispatch
@@ -29,16 +34,56 @@ Filter = Callable[[nn.Module, str], bool]
 
 KIND = "atrous"
 LABEL = "aspp"
-#: Modules with a class ASPP that computes what torchvision's does, of blocks of these modules' own classes.
-LIBRARIES = ("torchvision.models.segmentation.deeplabv3", "segmentation_models_pytorch.decoders.deeplabv3.decoder")
-
 _TEXT = "def forward(self, x):\n    return _run(self, x)\n"
 
 
+def _concatenated(self: Any, x: Any) -> Any:
+    _res = []
+    for conv in self.convs:
+        _res.append(conv(x))
+    res = torch.cat(_res, dim=1)
+    return self.project(res)
+
+
+def _concatenated_in_one_name(self: Any, x: Any) -> Any:
+    res: Any = []
+    for conv in self.convs:
+        res.append(conv(x))
+    res = torch.cat(res, dim=1)
+    return self.project(res)
+
+
+def _pooled(self: Any, x: Any) -> Any:
+    size = x.shape[-2:]
+    for mod in self:
+        x = mod(x)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+_BLOCKS = (_concatenated, _concatenated_in_one_name)
+
+
+def _has_code(cls: type, functions: tuple[Callable[..., Any], ...]) -> bool:
+    """Whether a class's forward is, instruction by instruction, one of the functions, and means the same by names."""
+    forward = getattr(cls, "forward", None)
+    code = getattr(forward, "__code__", None)
+    if code is None or any(forward.__globals__.get(n) is not m for n, m in _NAMES.items() if n in code.co_names):
+        return False
+    return _means(code) in [_means(function.__code__) for function in functions]
+
+
+def _means(code: CodeType) -> tuple[Any, ...]:
+    """What a function's code does: all but its names of variables, its docstring and where it stands."""
+    flags = code.co_flags & 0xFF  # of arguments and generators, and not of __future__ imports
+    return code.co_code, code.co_consts[1:], code.co_names, code.co_freevars, code.co_argcount, flags
+
+
+_NAMES = {"torch": torch, "F": F}
+
+
 def is_block(module: nn.Module) -> bool:
-    """Whether a module is an ASPP block of a known library (recognised by name: they are not imported)."""
-    cls = type(module)
-    return cls.__name__ == "ASPP" and cls.__module__ in LIBRARIES
+    """Whether a module is an ASPP block built as torchvision's is."""
+    return isinstance(getattr(module, "convs", None), nn.ModuleList) and _has_code(_base(module), _BLOCKS)
 
 
 def _base(module: nn.Module) -> type:
@@ -49,8 +94,11 @@ def _base(module: nn.Module) -> type:
 def _is_module(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of a kind (or was, before a swap) and bypassing its call skips nothing."""
     base = _base(module)
-    known = base is kind or (kind is nn.Sequential and base.__module__ in LIBRARIES and issubclass(base, kind))
-    return (known or (kind is nn.BatchNorm2d and base is nn.SyncBatchNorm)) and runtime.unhooked(module)
+    known = base is kind or (kind is nn.BatchNorm2d and base is nn.SyncBatchNorm)
+    if kind is nn.Sequential and issubclass(base, nn.Sequential):
+        pools = len(module._modules) > 0 and type(next(iter(module._modules.values()))) is nn.AdaptiveAvgPool2d
+        known = _has_code(base, (_pooled,)) if pools else base.forward is nn.Sequential.forward
+    return known and runtime.unhooked(module)
 
 
 def run(module: nn.Module, x: Any) -> Any:

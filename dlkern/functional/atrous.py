@@ -123,11 +123,11 @@ def combined(whole: Tensor, pool: Tensor | None, weight: Tensor, bias: Tensor | 
     if not layout.strides_channels_last(weight):  # the memory format of PyTorch's own, which has a contiguous map here
         c = c.contiguous()
     per_image = conv_act(pool, weight[:, channels:], activation="identity")
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return c + per_image
     # neither PyTorch's convolution nor a copy is kept by what made it, nor is it anybody else's: a pass is saved
     untouched = not c.requires_grad or type(c.grad_fn).__name__ in ("ConvolutionBackward0", "CloneBackward0")
-    if untouched and not torch._C._are_functorch_transforms_active():
-        return c.add_(per_image)
-    return c + per_image
+    return c.add_(per_image) if untouched else c + per_image
 
 
 def _pooled(x: Tensor, pooled: ConvNorm) -> Tensor:

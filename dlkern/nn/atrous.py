@@ -203,8 +203,11 @@ def parts_of(block: nn.Module, is_module: Callable[[nn.Module, type[nn.Module]],
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    bypassed = type(module) in (kind, _Pooling) or (kind is nn.BatchNorm2d and type(module) is nn.SyncBatchNorm)
-    return bypassed and not hooked and "forward" not in module.__dict__
+    if hooked or "forward" in module.__dict__:
+        return False
+    kinds = (kind, *((_Pooling,) if kind is nn.Sequential else (nn.SyncBatchNorm,) if kind is nn.BatchNorm2d else ()))
+    cls = type(module)  # by name: a swapped module's class has that of the one it was made from
+    return any((cls.__module__, cls.__qualname__) == (k.__module__, k.__qualname__) for k in kinds)
 
 
 def _expect(module: nn.Module, kind: type[nn.Module], is_module: Callable[[nn.Module, type[nn.Module]], bool]) -> None:

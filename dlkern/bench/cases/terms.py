@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .base import Problem
 
@@ -20,7 +21,7 @@ def _terms(problem: Problem) -> dict[str, Tensor]:
     x, dims, shape = problem.x.double(), (0, 2, 3), (1, -1, 1, 1)
     c, size = x, x.abs()
     if conv is not None:
-        c, size = conv(x), conv._conv_forward(x.abs(), conv.weight.abs(), None)
+        c, size = conv(x), sizes(conv, x.abs())
         # half inputs are exact, and summed in float32
         dtype = problem.case.dtype
         size = c.abs() + size * (torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
@@ -51,9 +52,19 @@ def _terms(problem: Problem) -> dict[str, Tensor]:
             conv.stride,
             conv.padding,
             conv.dilation,
-            False,
-            [0, 0],
+            conv.transposed,
+            conv.output_padding,
             conv.groups,
             [True, True, False],
         )
     return found
+
+
+def sizes(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """What a convolution of absolute values makes with its weights' absolute values."""
+    weight = conv.weight.abs()
+    if isinstance(conv, nn.ConvTranspose2d):
+        return F.conv_transpose2d(
+            x, weight, None, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+        )  # type: ignore[arg-type]
+    return conv._conv_forward(x, weight, None)
