@@ -1,4 +1,4 @@
-"""Atrous spatial pyramid pooling: eager PyTorch, torch.compile and dlkern, by what dispatch chooses and by backend."""
+"""Atrous spatial pyramid pooling: eager PyTorch, torch.compile and dlkern, by choice and by backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ConvTranspose2d + BatchNorm2d + ReLU: eager PyTorch, torch.compile and dlkern, by what dispatch chooses and by backend."""
+"""ConvTranspose2d + BatchNorm2d + ReLU: eager PyTorch, torch.compile and dlkern, by choice and by backend."""
 
 from __future__ import annotations
 

@@ -336,7 +336,8 @@ def _wrong() -> list[tuple[str, Any, type[Exception], str]]:
         ("branches", [one, one._replace(depthwise_weight=torch.zeros(5, 1, 3, 3))], ValueError,
          r"depthwise_weight of shape \(6, 1, R, S\)"),
         ("branches", [one, one._replace(depthwise_weight=torch.zeros(6, 1, 3, 3))], ValueError, r"\(K, C, 1, 1\)"),
-        ("projection", values.projection._replace(bn_weight=torch.zeros(4).half()), TypeError, "projection: expected a bn_weight of"),
+        ("projection", values.projection._replace(bn_weight=torch.zeros(4).half()), TypeError,
+         "projection: expected a bn_weight of"),
     ]  # fmt: skip
 
 

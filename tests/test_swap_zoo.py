@@ -51,6 +51,7 @@ MODELS = {
 SEPARABLE = {
     "torchvision:mobilenet_v2": 17,
     "torchvision:mobilenet_v3_large": 7,
+    "torchvision:lraspp_mobilenet_v3_large": 7,
     "torchvision:shufflenet_v2_x1_0": 19,
     "timm:xception41": 39,
 }

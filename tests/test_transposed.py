@@ -44,14 +44,10 @@ def test_parity(case: Case, target: tuple[str, str]) -> None:
     check(case, target)
 
 
+_FUSED = {CASES[0]: ("relu", "tanh"), CASES[1]: tuple(cpu._POST_OPS), CASES[3]: ("relu",), CASES[4]: ("silu",)}
 INFERENCE = [
     case._replace(norm=norm, activation=activation, dtype=torch.float32, param_dtype=None)
-    for case, activations in (
-        (CASES[0], ("relu", "tanh")),
-        (CASES[1], tuple(cpu._POST_OPS)),
-        (CASES[3], ("relu",)),
-        (CASES[4], ("silu",)),
-    )  # fmt: skip
+    for case, activations in _FUSED.items()
     for activation in activations
     for norm in ("running", "none")
 ]
@@ -278,10 +274,7 @@ def test_layer_is_conv_bn_act_in_a_row() -> None:
         x = torch.randn(shape, device=DEVICE)
         for training in (True, False):
             layer.train(training), plain.train(training)
-            if len(shape) == 3:  # BatchNorm2d wants a batch
-                theirs = plain(x[None])[0]
-            else:
-                theirs = plain(x)
+            theirs = plain(x[None])[0] if len(shape) == 3 else plain(x)  # BatchNorm2d wants a batch
             torch.testing.assert_close(layer(x), theirs)
             if not training:
                 with torch.no_grad():
@@ -299,7 +292,7 @@ def test_layers_arguments() -> None:
     torch.testing.assert_close(layer(x), torch.tanh(layer.conv(x)))
     with pytest.raises(ValueError, match=r"output_padding: expected less than stride \(2, 2\).*got \(2, 2\)"):
         dlkern.nn.ConvTransposeBNAct2d(4, 6, 4, 2, 1, output_padding=2)
-    with pytest.raises(TypeError, match="bn: expected a torch.nn.BatchNorm2d"):
+    with pytest.raises(TypeError, match=r"bn: expected a torch\.nn\.BatchNorm2d"):
         dlkern.nn.ConvTransposeBNAct2d(4, 6, 4, norm_layer=lambda n: nn.GroupNorm(1, n))
     with pytest.raises(ValueError, match="bn: expected 6 features like conv, got 5"):
         dlkern.nn.ConvTransposeBNAct2d.from_modules(nn.ConvTranspose2d(4, 6, 1), nn.BatchNorm2d(5))

@@ -164,8 +164,8 @@ struct Channel {
   }
 };
 
-// Runs a kernel that accumulates over the pieces of a chunk; bind(kernel, offset, offset in a map of owner.step elements
-// an image) sets its pointers, flush(kernel) takes its sums after each kRun elements or so.
+// Runs a kernel that accumulates over the pieces of a chunk; bind(kernel, offset, offset in a map of owner.step
+// elements an image) sets its pointers, flush(kernel) takes its sums after each kRun elements or so.
 template <class Kernel, class Owner>
 DLKERN_INLINE void over_chunk(Kernel& k, Owner& owner, const Channel& channel, Range chunk) {
   int64_t pending = 0;

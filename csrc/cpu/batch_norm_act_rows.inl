@@ -267,15 +267,14 @@ template <class T, int kShape, bool kResidual>
 void row_apply(const BatchNormActForward& a, const Plan& plan, const Tile& tile, const wide_t<T>* scale,
                const wide_t<T>* bias) {
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
-  const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0 &&
-                         a.y_step % 32 == 0;
+  const bool streaming =
+      plan.streaming && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0 && a.y_step % 32 == 0;
   const int group = streaming ? 1 : row_group<T, kShape>(channels);
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)
     for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
       row_apply_step<T, kShape, kResidual, 4>(a, r, n, column, streaming, scale, bias);
-  for (; r < tile.rows.end; ++r)
-    row_apply_step<T, kShape, kResidual, 1>(a, r, n, column, streaming, scale, bias);
+  for (; r < tile.rows.end; ++r) row_apply_step<T, kShape, kResidual, 1>(a, r, n, column, streaming, scale, bias);
   if (streaming) finish_streaming();
 }
 
@@ -422,8 +421,7 @@ void row_input_gradient(const BatchNormActBackward& a, const BackwardPasses& pas
   if constexpr (kShape != kAny)
     for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
       row_input_gradient_step<T, kShape, kSource, 4>(a, passes, r, n, column, streaming, p);
-  for (; r < tile.rows.end; ++r)
-    row_input_gradient_step<T, kShape, kSource, 1>(a, passes, r, n, column, streaming, p);
+  for (; r < tile.rows.end; ++r) row_input_gradient_step<T, kShape, kSource, 1>(a, passes, r, n, column, streaming, p);
   if (streaming) finish_streaming();
 }
 

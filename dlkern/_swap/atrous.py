@@ -1,7 +1,7 @@
 """The rewrite of atrous spatial pyramid pooling: blocks built as torchvision's is, recognised by their code.
 
-A block's class, and that of its pooled branch, have a forward whose code is that of one of the functions below: those of
-torchvision and segmentation_models_pytorch, and of the many copies of them. What the children are is then looked at.
+A block's class, and that of its pooled branch, have a forward whose code is that of one of the functions below: those
+of torchvision and segmentation_models_pytorch, and of the many copies of them. Then its children are looked at.
 
 The sites inside of a block (its convolutions with norm and activation) are rewritten as anywhere else. The block itself
 becomes a site on top of them: it runs as one, and where it cannot, for a hook say, its own forward calls its children,
@@ -65,7 +65,7 @@ _BLOCKS = (_concatenated, _concatenated_in_one_name)
 
 def _has_code(cls: type, functions: tuple[Callable[..., Any], ...]) -> bool:
     """Whether a class's forward is, instruction by instruction, one of the functions, and means the same by names."""
-    forward = getattr(cls, "forward", None)
+    forward: Any = getattr(cls, "forward", None)
     code = getattr(forward, "__code__", None)
     if code is None or any(forward.__globals__.get(n) is not m for n, m in _NAMES.items() if n in code.co_names):
         return False

@@ -14,7 +14,7 @@ from .base import Case, Plain, Problem, dtype_name
 
 
 class Shape(NamedTuple):
-    """A block's input without the batch, and its branches; ``trains`` is the ratio that training must reach on a CPU."""
+    """A block's input without the batch, and its branches; ``trains``: the ratio that training must reach on a CPU."""
 
     channels: int
     size: int

@@ -33,7 +33,7 @@ class Plain(nn.Module):
     Without a batch norm: the convolution alone, with no ReLU either.
     """
 
-    def __init__(self, bn: nn.BatchNorm2d | None, conv: nn.Conv2d | nn.ConvTranspose2d | None = None) -> None:
+    def __init__(self, bn: nn.BatchNorm2d | None, conv: nn.Conv2d | None = None) -> None:
         super().__init__()
         self.conv = conv
         self.bn = bn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,11 +62,11 @@ def _terms(problem: Problem) -> dict[str, Tensor]:
     return found
 
 
-def sizes(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
+def sizes(conv: nn.Module, x: Tensor) -> Tensor:
     """What a convolution of absolute values makes with its weights' absolute values."""
+    assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
     weight = conv.weight.abs()
-    if isinstance(conv, nn.ConvTranspose2d):
-        return F.conv_transpose2d(
-            x, weight, None, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
-        )  # type: ignore[arg-type]
-    return conv._conv_forward(x, weight, None)
+    if isinstance(conv, nn.Conv2d):
+        return conv._conv_forward(x, weight, None)
+    geometry: Any = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    return F.conv_transpose2d(x, weight, None, *geometry)

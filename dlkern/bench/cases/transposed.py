@@ -91,7 +91,7 @@ def _plain(at: Shape) -> Plain:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # so that outputs have about the variance that the batch norm's statistics say
         conv.weight.normal_(0, (at.channels * at.kernel**2) ** -0.5 * at.stride, generator=generator)
-    return Plain(norm(at.out_channels), conv)
+    return Plain(norm(at.out_channels), conv)  # type: ignore[arg-type]  # called as a Conv2d is
 
 
 class _Fused(nn.Module):
@@ -99,9 +99,9 @@ class _Fused(nn.Module):
 
     def __init__(self, plain: Plain) -> None:
         super().__init__()
-        conv, bn = plain.conv, plain.bn
+        conv: nn.Module | None = plain.conv
         assert isinstance(conv, nn.ConvTranspose2d)
-        self.block = dlkern.nn.ConvTransposeBNAct2d.from_modules(conv, bn, "relu")
+        self.block = dlkern.nn.ConvTransposeBNAct2d.from_modules(conv, plain.bn, "relu")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         del residual  # there is none
