@@ -336,9 +336,9 @@ def check_op(backend: str, layout: str, *, autograd: bool) -> None:
     padding = torch.zeros(2, 7, dtype=torch.bool, device=DEVICE)
     extras = (
         mask, bias, table, index, padding, torch.tensor([7, 3], device=DEVICE), torch.rand(1, 4, device=DEVICE),
-        torch.tensor([SEED], device=DEVICE),
+        torch.tensor([SEED], device=DEVICE), None, None,
     )  # fmt: skip
-    options = (0.3, -5, 2, 1, 2.0, 0.25)
+    options = (0.3, -5, 2, 1, 2.0, 0.25, False)
     tests: tuple[str, ...] = ("test_schema", "test_faketensor")
     if autograd:
         tests += ("test_autograd_registration", "test_aot_dispatch_dynamic")

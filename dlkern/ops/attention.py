@@ -32,6 +32,7 @@ OP = dispatch.register(
         {
             "torch": "torch",
             "reference": "dlkern.kernels.reference.attention",
+            "cpu": "dlkern.kernels.cpu.attention",
             "triton": "dlkern.kernels.triton.attention",
         },
         _default_order,
@@ -88,9 +89,9 @@ def _backward_fake(grad_out: Tensor | None, grad_lse: Tensor | None, *rest: Any)
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? table, Tensor? index, "
-    "Tensor? padding, Tensor? lengths, Tensor? slopes, Tensor? seed"
+    "Tensor? padding, Tensor? lengths, Tensor? slopes, Tensor? seed, Tensor? cu_queries, Tensor? cu_keys"
 )
-_PLAIN = "float scale, SymInt? left, SymInt? right, SymInt offset, float softcap, float dropout_p"
+_PLAIN = "float scale, SymInt? left, SymInt? right, SymInt offset, float softcap, float dropout_p, bool bottom_right"
 forward_op = library.define(
     f"attention({_TENSORS}, {_PLAIN}, str implementation) -> (Tensor, Tensor)", _forward, _forward_fake
 )
@@ -167,7 +168,7 @@ def gradients(
 # --------------------------------------------------------------------------------- entry point
 def request_of(query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options) -> Request:
     """The request that a call makes."""
-    mask, bias, table, index, padding, lengths, slopes, _ = extras
+    mask, bias, table, index, padding, lengths, slopes, _, ends, _ = extras
     return Request(
         query.device.type,
         query.dtype,
@@ -183,6 +184,8 @@ def request_of(query: Tensor, key: Tensor, value: Tensor, extras: Extras, option
         options.dropout_p > 0,
         options.left is not None or options.right is not None,
         options.softcap != 0,
+        options.left is None and options.right == 0 and options.offset == 0 and not options.bottom_right,
+        ends is not None,
     )
 
 
@@ -191,6 +194,8 @@ def apply(
 ) -> tuple[Tensor, Tensor | None]:
     """Choose an implementation and run it, with autograd where a gradient is wanted; LSE where it is asked for."""
     backend = dispatch.choose(NAME, request_of(query, key, value, extras, options)).backend
+    if extras.cu_queries is not None and (backend == "torch" or query.numel() == 0 or key.numel() == 0):
+        return attention_torch.sequences(query, key, value, extras, options, return_lse)
     if backend == "torch" or query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
         if return_lse:
             return attention_torch.composed(query, key, value, extras, options)
