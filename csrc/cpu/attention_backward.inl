@@ -32,13 +32,14 @@ void load_gradient(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t m
     const auto* from = grad + a.b * f.grad_out.batch + a.h * f.grad_out.head + first * f.grad_out.row;
     const auto* out =
         static_cast<decltype(from)>(f.out.data) + a.b * f.out.batch + a.h * f.out.head + first * f.out.row;
-    copy_rows(a.w.grad_out, row, from, f.grad_out.row, m, dim, T(1));
-    for (int64_t i = 0; i < m; ++i, out += f.out.row) {
+    a.grad_out = rows_in_place(from, f.grad_out.row, m, dim, a.w.grad_out, row);
+    const T* grad_row = a.grad_out.first;
+    for (int64_t i = 0; i < m; ++i, out += f.out.row, grad_row += a.grad_out.row) {
       V sum{};
       int64_t j = 0;
-      for (; j + w <= dim; j += w) sum = fma(load<false>(a.w.grad_out + i * row + j, w), load<false>(out + j, w), sum);
+      for (; j + w <= dim; j += w) sum = fma(load<false>(grad_row + j, w), load<false>(out + j, w), sum);
       if (j < dim)
-        sum = fma(load<false>(a.w.grad_out + i * row + j, w), load<true>(out + j, (int)(dim - j)), sum);
+        sum = fma(load<false>(grad_row + j, w), load<true>(out + j, (int)(dim - j)), sum);
       a.w.top[i] += sum_lanes<T>(sum);
     }
   });
@@ -53,7 +54,7 @@ void make_gradient(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t m
   const bool given = f.grad_out.data != nullptr;
   if (given) {
     const int64_t dim = padded(a.p.value_dim);
-    product(a.w.grad_scores, kScoreRow, a.w.grad_out, a.plan.value_row, 1, a.w.value_panels + k0 * dim,
+    product(a.w.grad_scores, kScoreRow, a.grad_out.first, a.grad_out.row, 1, a.w.value_panels + k0 * dim,
             2 * kLanes<T> * dim, 2 * kLanes<T>, m, n, a.p.value_dim, false);
   }
   const bool drops = a.p.dropout > 0;
@@ -63,7 +64,7 @@ void make_gradient(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t m
     const V lse = broadcast(a.w.sum[i]), delta = broadcast(a.w.top[i]);
     const T* kept = drops ? a.w.kept + i * kScoreRow : nullptr;
     for (int64_t j = 0; j < n; j += w) {
-      const V p = exp(load<false>(s + j, w) - lse);
+      const V p = exponential(load<false>(s + j, w) - lse);
       V d = given ? load<false>(g + j, w) : V{};
       if (drops) {
         const V k = load<false>(kept + j, w);
@@ -132,7 +133,7 @@ void backward_block(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t 
     make_gradient(a, f, q0, m, k0, n);
     if (f.grad_value.data && f.grad_out.data)
       product_of_rows(grads.value + k0 * plan.value_row, plan.value_row, a.p.dropout > 0 ? w.dropped : w.scores,
-                      int64_t(1), kScoreRow, w.grad_out, plan.value_row, n, value_dim, m, true);
+                      int64_t(1), kScoreRow, a.grad_out.first, a.grad_out.row, n, value_dim, m, true);
     if (f.grad_table) {
       if (plan.positions && (gathered.head != a.h || gathered.q0 != q0 || gathered.k0 != k0 || gathered.n != n)) {
         if (gathered.head >= 0) flush_tile(a, tables, gathered.head, gathered.q0, gathered.m, gathered.k0, gathered.n);
@@ -142,10 +143,10 @@ void backward_block(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t 
     }
     if (a.p.softcap != 0) multiply_rows(w.grad_scores, w.grad_scores, w.slopes, m, n);
     if (f.grad_query.data)
-      product_of_rows(w.grad_query, plan.row, w.grad_scores, kScoreRow, 1, w.key_rows + k0 * plan.row, plan.row, m, dim,
+      product_of_rows(w.grad_query, plan.row, w.grad_scores, kScoreRow, 1, a.key.first + k0 * a.key.row, a.key.row, m, dim,
                       n, k0 != keys.begin);
     if (f.grad_key.data)
-      product_of_rows(grads.key + k0 * plan.row, plan.row, w.grad_scores, int64_t(1), kScoreRow, w.query, plan.row, n,
+      product_of_rows(grads.key + k0 * plan.row, plan.row, w.grad_scores, int64_t(1), kScoreRow, a.query.first, a.query.row, n,
                       dim, m, true);
   }
   if (f.grad_query.data == nullptr) return;
@@ -153,18 +154,19 @@ void backward_block(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t 
   as_stored<T>(f.grad_query.data, a.p.dtype, [&](const auto* data) {
     auto* to = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(data)>>*>(data);
     to += a.b * f.grad_query.batch + a.h * f.grad_query.head + (a.s.first_query + q0) * f.grad_query.row;
-    store_rows(to, f.grad_query.row, w.grad_query, plan.row, m, a.p.dim, (T)a.p.scale);
+    const T scale = (T)a.p.scale;
+    store_rows(to, f.grad_query.row, w.grad_query, plan.row, m, a.p.dim, &scale, 0);
   });
 }
 
 template <class T>
 void store_keys(const AttentionProblem& p, const AttentionTensor& t, const Sequence& s, int64_t b, int64_t head,
-                const T* from, int64_t ld, int64_t first, int64_t last, int64_t dim) {
+                const T* from, int64_t ld, int64_t first, int64_t last, int64_t dim, T factor) {
   if (t.data == nullptr) return;
   as_stored<T>(t.data, p.dtype, [&](const auto* data) {
     auto* to = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(data)>>*>(data);
     to += b * t.batch + head * t.head + (s.first_key + first) * t.row;
-    store_rows(to, t.row, from + first * ld, ld, last - first, dim, T(1));
+    store_rows(to, t.row, from + first * ld, ld, last - first, dim, &factor, 0);
   });
 }
 
@@ -174,15 +176,9 @@ void load_backward_keys(Head<T>& a, bool rows) {
   const AttentionProblem& p = a.p;
   as_stored<T>(p.value.data, p.dtype, [&](const auto* data) {
     const auto* from = data + a.b * p.value.batch + a.key_head * p.value.head + a.s.first_key * p.value.row;
-    copy_panels(a.w.value_panels, from, p.value.row, a.from, a.to, p.value_dim);
+    copy_panels(a.w.value_panels, from, p.value.row, a.from, a.to, p.value_dim, T(1));
   });
-  if (!rows) return;
-  as_stored<T>(p.key.data, p.dtype, [&](const auto* data) {
-    const auto* from = data + a.b * p.key.batch + a.key_head * p.key.head + a.s.first_key * p.key.row;
-    const int64_t first = a.from / kPadded * kPadded;
-    copy_rows(a.w.key_rows + first * a.plan.row, a.plan.row, from + first * p.key.row, p.key.row, a.to - first, p.dim,
-              T(1));
-  });
+  if (rows) a.key = load_rows(a, p.key, p.dim, a.w.key_rows, a.plan.row);
 }
 
 template <class T>
@@ -214,8 +210,9 @@ void backward_units(const AttentionBackwardContext& f, Head<T>& a) {
       }
       if (u.first < u.last && plan.distances && tables) flush_diagonals(a, tables, a.h);
       if (plan.parts > 1) continue;
-      store_keys(p, args.grad_key, a.s, a.b, a.key_head, w.grad_key, plan.row, 0, a.s.keys, p.dim);
-      store_keys(p, args.grad_value, a.s, a.b, a.key_head, w.grad_value, plan.value_row, 0, a.s.keys, p.value_dim);
+      store_keys(p, args.grad_key, a.s, a.b, a.key_head, w.grad_key, plan.row, 0, a.s.keys, p.dim, (T)p.scale);
+      store_keys(p, args.grad_value, a.s, a.b, a.key_head, w.grad_value, plan.value_row, 0, a.s.keys, p.value_dim,
+                 T(1));
     }
     if (gathered.head >= 0) flush_tile(a, tables, gathered.head, gathered.q0, gathered.m, gathered.k0, gathered.n);
   }
@@ -230,21 +227,22 @@ void reduce_keys(const AttentionBackwardContext& f, Team team) {
   const int64_t blocks = divided_up(plan.most_keys, kRowsAtOnce);
   const Range share = team.share(p.key_heads * p.batch * blocks);
   for (int64_t task = share.begin; task < share.end; ++task) {
-    const int64_t pair = task / blocks, b = pair % p.batch, head = pair / p.batch;
-    const Sequence s = sequence(p, b);
+    const int64_t pair = task / blocks;
+    const Unit u = unit_of(p, plan, pair * plan.parts);
+    const Sequence s = sequence(p, u.b);
     const int64_t first = task % blocks * kRowsAtOnce, last = std::min(first + kRowsAtOnce, s.keys);
     if (first >= last) continue;
-    const auto add = [&](const AttentionTensor& t, T* KeyGradients<T>::*member, int64_t ld, int64_t dim) {
+    const auto add = [&](const AttentionTensor& t, T* KeyGradients<T>::*member, int64_t ld, int64_t dim, T factor) {
       if (t.data == nullptr) return;
       T* total = partial_keys<T>(f, pair * plan.parts).*member;
       for (int64_t part = 1; part < plan.parts; ++part) {
         const T* more = partial_keys<T>(f, pair * plan.parts + part).*member;
         for (int64_t i = first * ld; i < last * ld; ++i) total[i] += more[i];
       }
-      store_keys(p, t, s, b, head, total, ld, first, last, dim);
+      store_keys(p, t, s, u.b, u.key_head, total, ld, first, last, dim, factor);
     };
-    add(f.args.grad_key, &KeyGradients<T>::key, plan.row, p.dim);
-    add(f.args.grad_value, &KeyGradients<T>::value, plan.value_row, p.value_dim);
+    add(f.args.grad_key, &KeyGradients<T>::key, plan.row, p.dim, (T)p.scale);
+    add(f.args.grad_value, &KeyGradients<T>::value, plan.value_row, p.value_dim, T(1));
   }
 }
 

@@ -9,9 +9,11 @@ struct Unit {
 };
 inline Unit unit_of(const AttentionProblem& p, const AttentionPlan& plan, int64_t number) {
   Unit u{};
-  const int64_t part = number % plan.parts;
-  u.b = number / plan.parts % p.batch;
-  u.key_head = number / plan.parts / p.batch;
+  const int64_t part = number % plan.parts, pair = number / plan.parts;
+  const int64_t band = pair / (kBatches * p.key_heads), batches = std::min(kBatches, p.batch - band * kBatches);
+  const int64_t within = pair - band * kBatches * p.key_heads;
+  u.key_head = within / batches;
+  u.b = band * kBatches + within % batches;
   const int64_t items = plan.group * query_blocks(sequence(p, u.b).queries);
   u.first = items * part / plan.parts, u.last = items * (part + 1) / plan.parts;
   return u;
@@ -33,19 +35,32 @@ bool take_unit(Head<T>& a, const Unit& u) {
 }
 
 template <class T>
-void load_keys(Head<T>& a) {
+void load_keys(Head<T>& a) {  // times the scale
   as_stored<T>(a.p.key.data, a.p.dtype, [&](const auto* data) {
     const auto* from = data + a.b * a.p.key.batch + a.key_head * a.p.key.head + a.s.first_key * a.p.key.row;
-    copy_panels(a.w.key_panels, from, a.p.key.row, a.from, a.to, a.p.dim);
+    copy_panels(a.w.key_panels, from, a.p.key.row, a.from, a.to, a.p.dim, (T)a.p.scale);
   });
 }
 
-// Query, times the scale, of rows q0 to q0 + m.
+// The head's values, or its keys, in rows.
+template <class T>
+Rows<T> load_rows(const Head<T>& a, const AttentionTensor& t, int64_t n, T* to, int64_t ld) {
+  Rows<T> rows{};
+  as_stored<T>(t.data, a.p.dtype, [&](const auto* data) {
+    const auto* from = data + a.b * t.batch + a.key_head * t.head + a.s.first_key * t.row;
+    const int64_t first = a.from / kPadded * kPadded;
+    rows = rows_in_place(from + first * t.row, t.row, a.to - first, n, to + first * ld, ld);
+    rows.first -= first * rows.row;
+  });
+  return rows;
+}
+
+// Query of rows q0 to q0 + m.
 template <class T>
 void load_query(Head<T>& a, int64_t q0, int64_t m) {
   as_stored<T>(a.p.query.data, a.p.dtype, [&](const auto* data) {
     const auto* from = data + a.b * a.p.query.batch + a.h * a.p.query.head + (a.s.first_query + q0) * a.p.query.row;
-    copy_rows(a.w.query, a.plan.row, from, a.p.query.row, m, a.p.dim, (T)a.p.scale);
+    a.query = rows_in_place(from, a.p.query.row, m, a.p.dim, a.w.query, a.plan.row);
   });
 }
 
@@ -53,7 +68,7 @@ void load_query(Head<T>& a, int64_t q0, int64_t m) {
 template <class T, bool kSlopes>
 void make_scores(Head<T>& a, int64_t q0, int64_t m, int64_t k0, int64_t n) {
   const int64_t dim = padded(a.p.dim);
-  product(a.w.scores, kScoreRow, a.w.query, a.plan.row, 1, a.w.key_panels + k0 * dim, 2 * kLanes<T> * dim,
+  product(a.w.scores, kScoreRow, a.query.first, a.query.row, 1, a.w.key_panels + k0 * dim, 2 * kLanes<T> * dim,
           2 * kLanes<T>, m, n, a.p.dim, false);
   finish_scores<T, kSlopes>(a, q0, m, k0, n);
 }
@@ -78,23 +93,19 @@ DLKERN_INLINE T online_softmax(T* row, int64_t n, T& top, T& sum) {
   typedef vec_t<T> V;
   constexpr int w = kLanes<T>;
   V most = load<false>(row, w);
-  for (int64_t j = w; j < n; j += w) {
-    const V v = load<false>(row + j, w);
-    most = select(v > most, v, most);
-  }
-  T larger = largest_lane<T>(most);
-  larger = larger > top ? larger : top;
-  const T centre = larger == -kInfinity<T> ? T(0) : larger;  // nothing seen yet: every exponential is 0
+  for (int64_t j = w; j < n; j += w) most = larger(load<false>(row + j, w), most);
+  const T here = largest_lane<T>(most), now = here > top ? here : top;
+  const T centre = now == -kInfinity<T> ? T(0) : now;  // nothing seen yet: every exponential is 0
   const V shift = broadcast(centre);
   V total{};
   for (int64_t j = 0; j < n; j += w) {
-    const V e = exp(load<false>(row + j, w) - shift);
+    const V e = exponential(load<false>(row + j, w) - shift);
     store<false>(row + j, e, w);
     total += e;
   }
-  const T shrink = top == larger ? T(1) : (T)std::exp(top - centre);
+  const T shrink = top == now ? T(1) : (T)std::exp(top - centre);
   sum = sum * shrink + sum_lanes<T>(total);
-  top = larger;
+  top = now;
   return shrink;
 }
 
@@ -124,7 +135,7 @@ void forward_block(Head<T>& a, const AttentionForward& f, int64_t q0, int64_t m)
       fill_kept(a, q0, m, k0, n);
       multiply_rows(w.scores, w.scores, w.kept, m, n);
     }
-    product_of_rows(w.out, row, w.scores, kScoreRow, 1, w.value_rows + k0 * row, row, m,
+    product_of_rows(w.out, row, w.scores, kScoreRow, 1, a.value.first + k0 * a.value.row, a.value.row, m,
                     divided_up(a.p.value_dim, kLanes<T>) * kLanes<T>, n, !first);
   }
   const int64_t lse_row = a.p.cu_queries ? 0 : a.b * a.p.heads;
@@ -132,15 +143,13 @@ void forward_block(Head<T>& a, const AttentionForward& f, int64_t q0, int64_t m)
   for (int64_t i = 0; i < m; ++i) {
     const bool nothing = w.sum[i] == 0;
     lse[i] = nothing ? -kInfinity<T> : w.top[i] + (T)std::log(w.sum[i]);
-    if (nothing)
-      std::fill_n(w.out + i * row, value_dim, T(0));
-    else
-      scale_row(w.out + i * row, value_dim, 1 / w.sum[i]);
+    w.scaled[i] = nothing ? T(0) : 1 / w.sum[i];
+    if (nothing) std::fill_n(w.out + i * row, value_dim, T(0));
   }
   as_stored<T>(f.out.data, a.p.dtype, [&](const auto* data) {
     auto* to = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(data)>>*>(data);
     to += a.b * f.out.batch + a.h * f.out.head + (a.s.first_query + q0) * f.out.row;
-    store_rows(to, f.out.row, w.out, row, m, a.p.value_dim, T(1));
+    store_rows(to, f.out.row, w.out, row, m, a.p.value_dim, w.scaled, 1);
   });
 }
 
@@ -157,12 +166,7 @@ void forward_tasks(const AttentionForwardContext& f, Team team) {
       if (u.first == u.last) continue;
       if (take_unit(a, u)) {
         load_keys(a);
-        as_stored<T>(p.value.data, p.dtype, [&](const auto* data) {
-          const auto* from = data + a.b * p.value.batch + a.key_head * p.value.head + a.s.first_key * p.value.row;
-          const int64_t first = a.from / kPadded * kPadded;
-          copy_rows(work.value_rows + first * plan.value_row, plan.value_row, from + first * p.value.row, p.value.row,
-                    a.to - first, p.value_dim, T(1));
-        });
+        a.value = load_rows(a, p.value, p.value_dim, work.value_rows, plan.value_row);
       }
       const int64_t blocks = query_blocks(a.s.queries);
       for (int64_t item = u.first, filled = -1; item < u.last; ++item) {

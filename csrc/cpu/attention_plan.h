@@ -36,7 +36,11 @@ inline Sequence sequence(const AttentionProblem& p, int64_t b) {
 
 inline int64_t query_blocks(int64_t queries) { return divided_up(queries, kQueryBlock); }
 
-// Work is cut into units (key head, batch, part), of which `chunk` consecutive ones are one task. A part is a share of
+// Consecutive batches whose heads are taken in turn: a head's table is made once for all of them, and what lies beside
+// it in memory is found in a cache by the next head.
+constexpr int64_t kBatches = 8;
+
+// Work is cut into units (band of batches, key head, batch, part), of which `chunk` consecutive ones are one task. A part is a share of
 // the blocks of queries of all heads that read the key head.
 struct AttentionPlan {
   int64_t group, most_queries, most_keys;  // of one sequence
@@ -79,7 +83,7 @@ class Carver {
 // A thread's working memory.
 template <class T>
 struct AttentionWork {
-  T *query, *scores, *slopes;  // query (kQueryBlock, row), scaled; scores, and what softcap's gradient is multiplied by
+  T *query, *scores, *slopes;  // query (kQueryBlock, row) where it is copied; scores, and what softcap's gradient is multiplied by
   T *out, *top, *sum, *scaled; // (kQueryBlock, value_row) and three per row
   T *key_panels, *value_rows;  // a head's keys in panels, values in rows (forward)
   T* hidden;                   // (keys,): 0 or -infinity

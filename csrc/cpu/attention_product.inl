@@ -12,6 +12,31 @@
 DLKERN_INLINE vf broadcast(float x) { return vf{x, x, x, x, x, x, x, x}; }
 DLKERN_INLINE vd broadcast(double x) { return vd{x, x, x, x}; }
 
+// The larger of each pair of lanes; b where one is NaN.
+template <class V>
+DLKERN_INLINE V larger(V a, V b) {
+#if DLKERN_AVX2
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  else
+    return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+// exp(x) for x up to 88, without what exp does for larger ones.
+DLKERN_INLINE vf exponential(vf x) {
+  x = larger(vf{} - 88.0f, x);
+  const vf magic = vf{} + 12583039.0f;  // as in vector_math.inl's reduce
+  const vf shifted = fma(x, vf{} + 1.44269504088896341f, magic);
+  const vf n = shifted - magic;
+  const vf r = fma(n, vf{} - 1.42860682030941723e-6f, fma(n, vf{} - 0.693145751953125f, x));
+  const vf scale = (vf)((vu)shifted << 23);
+  return fma(exp_series(r), scale, scale);
+}
+DLKERN_INLINE vd exponential(vd x) { return exp(x); }
+
 template <class T, int kRows, int kVectors>
 DLKERN_NOINLINE void product_tile(T* c, int64_t ldc, const T* a, int64_t row, int64_t column, const T* b, int64_t ldb,
                                   int64_t depth, bool add) {
@@ -106,24 +131,51 @@ DLKERN_INLINE void as_stored(const void* data, int dtype, Run run) {
   }
 }
 
-// Rows of n elements times a factor, filled up with 0 to whole multiples of kPadded.
+// Heads often lie beside each other, and a head's rows far apart: the processor does not see a row coming.
+template <class S>
+DLKERN_INLINE void ask_for(const S* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(S)) __builtin_prefetch(row + i);
+}
+constexpr int64_t kAhead = 8;  // rows
+
+// Rows of n elements, filled up with 0 to whole multiples of kPadded.
 template <class T, class S>
-void copy_rows(T* to, int64_t ld, const S* from, int64_t stride, int64_t rows, int64_t n, T factor) {
+void copy_rows(T* to, int64_t ld, const S* from, int64_t stride, int64_t rows, int64_t n) {
   constexpr int w = kLanes<T>;
-  const auto f = broadcast(factor);
   for (int64_t r = 0; r < rows; ++r, to += ld, from += stride) {
+    if (r + kAhead < rows) ask_for(from + kAhead * stride, n);
     int64_t i = 0;
-    for (; i + w <= n; i += w) store<false>(to + i, load<false>(from + i, w) * f, w);
-    if (i < n) store<false>(to + i, load<true>(from + i, (int)(n - i)) * f, w), i += w;
+    for (; i + w <= n; i += w) store<false>(to + i, load<false>(from + i, w), w);
+    if (i < n) store<false>(to + i, load<true>(from + i, (int)(n - i)), w), i += w;
     for (; i < padded(n); i += w) store<false>(to + i, vec_t<T>{}, w);
   }
 }
 
+// Rows of the wide type that products can read.
+template <class T>
+struct Rows {
+  const T* first;
+  int64_t row;  // elements from one to the next
+};
+
+// Rows of n elements: where they lie if products can read them there, else a copy of them in `to`.
 template <class T, class S>
-void store_rows(S* to, int64_t stride, const T* from, int64_t ld, int64_t rows, int64_t n, T factor) {
+Rows<T> rows_in_place(const S* from, int64_t stride, int64_t rows, int64_t n, T* to, int64_t ld) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    // rows a multiple of a page's quarter apart would share few sets of the first cache
+    if (n % kLanes<T> == 0 && stride % (1024 / (int64_t)sizeof(T)) != 0) return {from, stride};
+  }
+  copy_rows(to, ld, from, stride, rows, n);
+  return {to, ld};
+}
+
+// Rows times factor[row * step].
+template <class T, class S>
+void store_rows(S* to, int64_t stride, const T* from, int64_t ld, int64_t rows, int64_t n, const T* factor,
+                int64_t step) {
   constexpr int w = kLanes<T>;
-  const auto f = broadcast(factor);
   for (int64_t r = 0; r < rows; ++r, to += stride, from += ld) {
+    const auto f = broadcast(factor[r * step]);
     int64_t i = 0;
     for (; i + w <= n; i += w) store<false>(to + i, load<false>(from + i, w) * f, w);
     if (i < n) store<true>(to + i, load<false>(from + i, w) * f, (int)(n - i));
@@ -153,15 +205,17 @@ DLKERN_INLINE void transpose(vf (&v)[8]) {
 }
 #endif
 
-// Rows first to last (a multiple of a panel's) of (rows, n), as panels [row / width][element][row % width] with width
+// Rows from `first` on of (rows, n), times a factor, as panels [row / width][element][row % width] with width
 // 2 vectors; rows from `rows` on are 0.
 template <class T, class S>
-void copy_panels(T* to, const S* from, int64_t stride, int64_t first, int64_t rows, int64_t n) {
+void copy_panels(T* to, const S* from, int64_t stride, int64_t first, int64_t rows, int64_t n, T factor) {
   constexpr int w = kLanes<T>, width = 2 * w;
+  [[maybe_unused]] const auto f = broadcast(factor);
   for (int64_t p = first / width * width; p < rows; p += width) {
     T* panel = to + p * padded(n);
     for (int64_t half = 0; half < width; half += w) {
       const int64_t begin = p + half, here = std::clamp<int64_t>(rows - begin, 0, w);
+      for (int64_t r = begin + w; r < std::min(begin + 2 * w, rows); ++r) ask_for(from + r * stride, n);
       int64_t i = 0;
 #if DLKERN_AVX2
       if constexpr (sizeof(T) == 4) {
@@ -173,14 +227,14 @@ void copy_panels(T* to, const S* from, int64_t stride, int64_t first, int64_t ro
             v[r] = r >= here ? vf{} : count == 8 ? load<false>(row, 8) : load<true>(row, count);
           }
           transpose(v);
-          for (int k = 0; k < 8; ++k) store<false>(panel + (i + k) * width + half, v[k], 8);  // room up to padded(n)
+          for (int k = 0; k < 8; ++k) store<false>(panel + (i + k) * width + half, v[k] * f, 8);  // room up to padded(n)
         }
         continue;
       }
 #endif
       for (; i < n; ++i)
         for (int64_t r = 0; r < w; ++r)
-          panel[i * width + half + r] = r >= here ? T(0) : (T)load<true>(from + (begin + r) * stride + i, 1)[0];
+          panel[i * width + half + r] = r >= here ? T(0) : factor * (T)load<true>(from + (begin + r) * stride + i, 1)[0];
     }
   }
 }

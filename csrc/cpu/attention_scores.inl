@@ -10,11 +10,12 @@ struct Head {
   Sequence s;
   int64_t from, to;
   bool hides;  // w.hidden says which keys between them are hidden
+  Rows<T> query, grad_out, key, value;  // the block's, and the head's
   // What w.tile holds, and what w.grad_tile gathers.
   int64_t h, tile_head, tile_query, tile_key, tile_keys;
 
   Head(const AttentionProblem& problem, const AttentionPlan& a_plan, AttentionWork<T>& work)
-      : p(problem), plan(a_plan), w(work), b(-1), key_head(-1), s{}, from(0), to(0), hides(false), h(0), tile_head(-1),
+      : p(problem), plan(a_plan), w(work), b(-1), key_head(-1), s{}, from(0), to(0), hides(false), query{}, grad_out{}, key{}, value{}, h(0), tile_head(-1),
         tile_query(0), tile_key(0), tile_keys(0) {}
 };
 
