@@ -33,12 +33,17 @@ import torch
 from torch import Tensor
 
 
+#: Below so many queries or keys a call is mostly overhead.
+SHORT = 48
+
+
 class Request(NamedTuple):
     """What an implementation is asked to do; ``supports`` answers to it.
 
     ``device`` is a torch device type; ``mask`` is "none", "bool" or "float", ``bias`` "none" or "dense", ``table``
     "none", "positions" or "distances"; ``group`` is the number of query heads to a key head; ``causal`` is a band that
-    hides just what follows a query, from the top left on; ``sequences`` are those of cu_queries and cu_keys.
+    hides just what follows a query, from the top left on; ``sequences`` are those of cu_queries and cu_keys; ``short``
+    says that there are fewer than SHORT queries or keys.
     """
 
     device: str
@@ -57,6 +62,7 @@ class Request(NamedTuple):
     softcap: bool
     causal: bool = False
     sequences: bool = False
+    short: bool = False
 
 
 class Options(NamedTuple):
