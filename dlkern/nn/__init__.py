@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention import Attention, MultiheadAttention
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .conv_bn_act import ConvBNAct2d
 from .depthwise import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConvBNAct2d, DepthwiseSeparableConv2d
@@ -13,6 +14,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Attention",
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
@@ -23,5 +25,6 @@ __all__ = [
     "DepthwiseSeparableConv2d",
     "GRUCell",
     "LSTMCell",
+    "MultiheadAttention",
     "RNNCell",
 ]
