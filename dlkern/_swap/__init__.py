@@ -19,7 +19,7 @@ from dlkern.kernels.reference.batch_norm_act import Request
 from dlkern.nn.conv_bn_act import FOLDED_WEIGHT
 from dlkern.ops import batch_norm_act as op
 
-from . import depthwise, recurrent, runtime
+from . import attention, depthwise, recurrent, runtime
 from .batch_norm_act import KIND, is_candidate
 from .classes import SwappedSite, generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
@@ -47,7 +47,8 @@ def swap(
     training the convolution is called as it stands and what follows is fused; in inference without
     gradients the batch norm is folded into the convolution where that is faster. Depthwise convolutions,
     of one or two dimensions, run their own kernels, in such a site or wherever else they stand. LSTM, GRU,
-    RNN and their cells are sites, too, by exact type.
+    RNN and their cells are sites, too, by exact type, and so are MultiheadAttention, torchvision's
+    ShiftedWindowAttention (both versions) and direct calls of F.scaled_dot_product_attention in a forward.
 
     Args:
         model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
@@ -154,6 +155,8 @@ def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
     modules = dict(model.named_modules())
 
     def kind(module: nn.Module | None) -> str:
+        if attention.is_attention(module):
+            return attention.KIND
         return recurrent.kind_of(module) or (depthwise.KIND if depthwise.is_depthwise(module) else KIND)
 
     return [Row(path, kind(modules.get(path)), "", reason) for path, reason in sorted(reasons.items())]
@@ -162,6 +165,8 @@ def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
 def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
     """A swapped site, with the backend that its device, dtype and mode get by default."""
     path = join(owner, site.path)
+    if site.kind == attention.KIND:
+        return attention.row(model, path, site)
     if site.kind in recurrent.KINDS:
         return recurrent.row(model, path, site)
     modules = dict(model.named_modules())

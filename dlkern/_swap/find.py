@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from . import batch_norm_act as rule
-from . import conv_bn_act, depthwise, recurrent
+from . import attention, conv_bn_act, depthwise, recurrent
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
 from .codegen import forward_source
@@ -69,6 +69,7 @@ def find(model: nn.Module, filter_fn: Filter | None) -> Findings:
         _plan(owner, accepted, findings)
     _plan_depthwise(model, filter_fn, findings)
     recurrent.add(model, filter_fn, findings.plans, findings.reasons)
+    attention.add(model, filter_fn, findings.plans, findings.reasons)
     swapped = {join(path, site.path) for path, plan in findings.plans.items() for site in plan.sites}
     for path, module in model.named_modules():
         if rule.is_candidate(module) and path not in swapped:
