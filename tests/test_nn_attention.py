@@ -98,7 +98,7 @@ def test_unbatched_and_weights(kind: str) -> None:
         masks["key_padding_mask"] = masks["key_padding_mask"][1]
     torch.testing.assert_close(mine(x, x, x, need_weights=False, **masks), stock(x, x, x, need_weights=False, **masks))
     for module in (stock.eval(), mine.eval()):
-        out, weights = module(x, x, x, average_attn_weights=False)
+        _, weights = module(x, x, x, average_attn_weights=False)
         assert weights.shape == (4, 7, 7)
     torch.testing.assert_close(mine(x, x, x), stock(x, x, x))
 
@@ -149,5 +149,5 @@ def test_attention_module() -> None:
     right = functional.attention(q, k, v, key_lengths=lengths, return_lse=True, **options)
     torch.testing.assert_close((out, lse), right)
     assert "window=3" in repr(module)
-    with pytest.raises(ValueError, match="dropout: .* got 1.0"):
+    with pytest.raises(ValueError, match=r"dropout: .* got 1\.0"):
         layers.Attention(dropout=1.0)

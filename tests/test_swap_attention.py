@@ -33,13 +33,15 @@ def check(model: nn.Module, sample: Any, *, fused: int, training: bool = True) -
     """A swapped copy computes what the model does; ``fused`` calls of ours in one forward, and no other."""
     model.train(training)
     swapped = dlkern.swap(copy.deepcopy(model))
-    before = {name: cls for name, cls in ((n, type(m)) for n, m in model.named_modules())}
+    before = {n: type(m) for n, m in model.named_modules()}
     assert list(swapped.state_dict()) == list(model.state_dict())
     report = dlkern.verify(model, swapped, sample, variants=("threads", "ulp"))
     assert report.ok, str(report)
     dlkern.swap(swapped)  # counters at zero
     with torch.no_grad():
-        swapped(**sample) if isinstance(sample, dict) else swapped(*(sample if isinstance(sample, tuple) else (sample,)))
+        swapped(**sample) if isinstance(sample, dict) else swapped(
+            *(sample if isinstance(sample, tuple) else (sample,))
+        )
     calls = dlkern.report(swapped).calls
     assert (calls.fused, calls.fallback) == (fused, 0)
     for other in (copy.deepcopy(swapped), pickle.loads(pickle.dumps(swapped))):
@@ -142,7 +144,11 @@ class Sub(SelfAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float | None = 0.3) -> Tensor:
         out = super().forward(x, mask, scale=scale)
-        return out + F.scaled_dot_product_attention(out[:, None], out[:, None], out[:, None])[:, 0] if mask is None else out
+        return (
+            out + F.scaled_dot_product_attention(out[:, None], out[:, None], out[:, None])[:, 0]
+            if mask is None
+            else out
+        )
 
 
 @pytest.mark.parametrize(("cls", "fused"), [(SelfAttention, 1), (Sub, 1)])

@@ -23,12 +23,13 @@ AttentionAdded added(const Added& t) {
 // sizes: batch, heads, key_heads, queries, keys, dim, value_dim; table: address, rows; index: address, whether int64,
 // reach; slopes: address, batches; sequences: addresses of cu_queries and cu_keys, bottom_right; numbers: seed, scale,
 // softcap, dropout; band: left, right, offset.
-AttentionProblem problem(
-    int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, const Strided& query,
-    const Strided& key, const Strided& value, const Added& mask, const Added& bias,
-    std::tuple<uintptr_t, int64_t> table, std::tuple<uintptr_t, bool, int64_t> index, uintptr_t padding,
-    uintptr_t lengths, std::tuple<uintptr_t, int64_t> slopes, std::tuple<uintptr_t, uintptr_t, bool> sequences,
-    std::tuple<int64_t, double, double, double> numbers, std::tuple<int64_t, int64_t, int64_t> band) {
+AttentionProblem problem(int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes,
+                         const Strided& query, const Strided& key, const Strided& value, const Added& mask,
+                         const Added& bias, std::tuple<uintptr_t, int64_t> table,
+                         std::tuple<uintptr_t, bool, int64_t> index, uintptr_t padding, uintptr_t lengths,
+                         std::tuple<uintptr_t, int64_t> slopes, std::tuple<uintptr_t, uintptr_t, bool> sequences,
+                         std::tuple<int64_t, double, double, double> numbers,
+                         std::tuple<int64_t, int64_t, int64_t> band) {
   AttentionProblem p{};
   p.dtype = DType(dtype);
   std::tie(p.batch, p.heads, p.key_heads, p.queries, p.keys, p.dim, p.value_dim) = sizes;

@@ -53,17 +53,17 @@ void run_typed(const Args& args, AttentionPlan& plan, int threads, bool backward
   constexpr size_t kAligned = 64;
   const auto aligned = [](size_t bytes) { return (bytes + kAligned - 1) / kAligned * kAligned; };
   const size_t tables = aligned(backward && p.table ? (size_t)(plan.chunks * p.heads * p.rows) * sizeof(double) : 0);
-  const size_t keys = aligned(backward && plan.parts > 1 ? (size_t)(plan.units * (padded(plan.most_keys) + kPadded) *
-                                                                     (plan.row + plan.value_row)) *
-                                                               sizeof(T)
-                                                         : 0);
+  const size_t keys =
+      aligned(backward && plan.parts > 1
+                  ? (size_t)(plan.units * (padded(plan.most_keys) + kPadded) * (plan.row + plan.value_row)) * sizeof(T)
+                  : 0);
   const size_t own = aligned((size_t)plan.per_thread * sizeof(T)) * (size_t)threads;
   const std::unique_ptr<char[]> memory(new char[tables + keys + own + kAligned]);
   char* first = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & (kAligned - 1));
   std::atomic<int64_t> next[3] = {{0}, {0}, {0}};
   plan.per_thread = (int64_t)(aligned((size_t)plan.per_thread * sizeof(T)) / sizeof(T));
-  const AttentionContext<Args> context{args,         plan, reinterpret_cast<double*>(first), first + tables,
-                                       first + tables + keys, next};
+  const AttentionContext<Args> context{
+      args, plan, reinterpret_cast<double*>(first), first + tables, first + tables + keys, next};
   run_team(threads, body, context);
 }
 

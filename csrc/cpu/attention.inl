@@ -1,8 +1,8 @@
 // Attention's kernels. Included once per instruction set (foreach_isa.h).
 //
-// Tiles of scores of kQueryBlock rows and up to kKeyBlock columns stay in the caches; softmax is kept online (Milakov and
-// Gimelshein, "Online normalizer calculation for softmax", 2018), and made again from its logarithm in backward (Dao et
-// al., "FlashAttention", 2022).
+// Tiles of scores of kQueryBlock rows and up to kKeyBlock columns stay in the caches; softmax is kept online (Milakov
+// and Gimelshein, "Online normalizer calculation for softmax", 2018), and made again from its logarithm in backward
+// (Dao et al., "FlashAttention", 2022).
 
 namespace attention {
 

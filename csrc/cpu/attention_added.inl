@@ -68,7 +68,8 @@ void backward_tasks(const AttentionBackwardContext& f, Team team) {
   AttentionWork<T> work{};
   AttentionWork<T>::layout(work, p, f.plan, true, static_cast<T*>(f.memory) + team.rank * f.plan.per_thread);
   if (work.grad_tile && f.plan.positions) std::fill_n(work.grad_tile, kQueryBlock * kScoreRow, T(0));
-  if (f.plan.distances) std::fill_n(work.grad_diagonals, f.plan.most_queries + padded(f.plan.most_keys) + 2 * kPadded, T(0));
+  if (f.plan.distances)
+    std::fill_n(work.grad_diagonals, f.plan.most_queries + padded(f.plan.most_keys) + 2 * kPadded, T(0));
   Head<T> a(p, f.plan, work);
   if (args.grad_query.data || args.grad_key.data || args.grad_value.data || args.grad_table) backward_units(f, a);
   added_gradient(f, a, dense_like(p.mask, p), args.grad_mask, f.next[1]);

@@ -38,8 +38,7 @@ void load_gradient(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t m
       V sum{};
       int64_t j = 0;
       for (; j + w <= dim; j += w) sum = fma(load<false>(grad_row + j, w), load<false>(out + j, w), sum);
-      if (j < dim)
-        sum = fma(load<false>(grad_row + j, w), load<true>(out + j, (int)(dim - j)), sum);
+      if (j < dim) sum = fma(load<false>(grad_row + j, w), load<true>(out + j, (int)(dim - j)), sum);
       a.w.top[i] += sum_lanes<T>(sum);
     }
   });
@@ -115,8 +114,8 @@ struct Gathered {
 };
 
 template <class T>
-void backward_block(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t m, KeyGradients<T> grads, double* tables,
-                    Gathered& gathered) {
+void backward_block(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t m, KeyGradients<T> grads,
+                    double* tables, Gathered& gathered) {
   AttentionWork<T>& w = a.w;
   const AttentionPlan& plan = a.plan;
   constexpr int lanes = kLanes<T>;
@@ -143,11 +142,11 @@ void backward_block(Head<T>& a, const AttentionBackward& f, int64_t q0, int64_t 
     }
     if (a.p.softcap != 0) multiply_rows(w.grad_scores, w.grad_scores, w.slopes, m, n);
     if (f.grad_query.data)
-      product_of_rows(w.grad_query, plan.row, w.grad_scores, kScoreRow, 1, a.key.first + k0 * a.key.row, a.key.row, m, dim,
-                      n, k0 != keys.begin);
+      product_of_rows(w.grad_query, plan.row, w.grad_scores, kScoreRow, 1, a.key.first + k0 * a.key.row, a.key.row, m,
+                      dim, n, k0 != keys.begin);
     if (f.grad_key.data)
-      product_of_rows(grads.key + k0 * plan.row, plan.row, w.grad_scores, int64_t(1), kScoreRow, a.query.first, a.query.row, n,
-                      dim, m, true);
+      product_of_rows(grads.key + k0 * plan.row, plan.row, w.grad_scores, int64_t(1), kScoreRow, a.query.first,
+                      a.query.row, n, dim, m, true);
   }
   if (f.grad_query.data == nullptr) return;
   if (keys.begin == keys.end) std::fill_n(w.grad_query, m * plan.row, T(0));
@@ -232,7 +231,7 @@ void reduce_keys(const AttentionBackwardContext& f, Team team) {
     const Sequence s = sequence(p, u.b);
     const int64_t first = task % blocks * kRowsAtOnce, last = std::min(first + kRowsAtOnce, s.keys);
     if (first >= last) continue;
-    const auto add = [&](const AttentionTensor& t, T* KeyGradients<T>::*member, int64_t ld, int64_t dim, T factor) {
+    const auto add = [&](const AttentionTensor& t, T* KeyGradients<T>::* member, int64_t ld, int64_t dim, T factor) {
       if (t.data == nullptr) return;
       T* total = partial_keys<T>(f, pair * plan.parts).*member;
       for (int64_t part = 1; part < plan.parts; ++part) {

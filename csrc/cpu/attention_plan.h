@@ -10,10 +10,10 @@
 
 namespace dlkern::cpu {
 
-constexpr int64_t kQueryBlock = 66;  // rows of a tile of scores: 11 times the 6 of a product's tile
-constexpr int64_t kKeyBlock = 128;   // its columns
+constexpr int64_t kQueryBlock = 66;            // rows of a tile of scores: 11 times the 6 of a product's tile
+constexpr int64_t kKeyBlock = 128;             // its columns
 constexpr int64_t kScoreRow = kKeyBlock + 16;  // and where its next row begins: not a multiple of a page's parts
-constexpr int64_t kPadded = 16;      // rows of working memory are whole multiples of that
+constexpr int64_t kPadded = 16;                // rows of working memory are whole multiples of that
 // Tasks that backward is cut into at least, where there are so many blocks, and the sets of partial sums at most.
 constexpr int64_t kBackwardTasks = 16, kChunks = 64;
 
@@ -40,8 +40,8 @@ inline int64_t query_blocks(int64_t queries) { return divided_up(queries, kQuery
 // it in memory is found in a cache by the next head.
 constexpr int64_t kBatches = 8;
 
-// Work is cut into units (band of batches, key head, batch, part), of which `chunk` consecutive ones are one task. A part is a share of
-// the blocks of queries of all heads that read the key head.
+// Work is cut into units (band of batches, key head, batch, part), of which `chunk` consecutive ones are one task. A
+// part is a share of the blocks of queries of all heads that read the key head.
 struct AttentionPlan {
   int64_t group, most_queries, most_keys;  // of one sequence
   int64_t parts, units, chunk, chunks;
@@ -54,9 +54,9 @@ template <class Args>
 struct AttentionContext {
   const Args& args;
   const AttentionPlan& plan;
-  double* partial_tables;  // backward: (chunks, heads, rows)
-  void* partial_keys;      // backward with several parts: (units, keys, row + value_row), wide
-  void* memory;            // `size` times plan.per_thread, wide
+  double* partial_tables;      // backward: (chunks, heads, rows)
+  void* partial_keys;          // backward with several parts: (units, keys, row + value_row), wide
+  void* memory;                // `size` times plan.per_thread, wide
   std::atomic<int64_t>* next;  // three counters of tasks
 };
 
@@ -83,13 +83,14 @@ class Carver {
 // A thread's working memory.
 template <class T>
 struct AttentionWork {
-  T *query, *scores, *slopes;  // query (kQueryBlock, row) where it is copied; scores, and what softcap's gradient is multiplied by
-  T *out, *top, *sum, *scaled; // (kQueryBlock, value_row) and three per row
-  T *key_panels, *value_rows;  // a head's keys in panels, values in rows (forward)
-  T* hidden;                   // (keys,): 0 or -infinity
-  T* diagonals;                // what is added by distance
-  T* tile;                     // (kQueryBlock, kScoreRow): what is added by position
-  T* kept;                     // what dropout multiplies with
+  T *query, *scores,
+      *slopes;  // query (kQueryBlock, row) where it is copied; scores, and what softcap's gradient is multiplied by
+  T *out, *top, *sum, *scaled;  // (kQueryBlock, value_row) and three per row
+  T *key_panels, *value_rows;   // a head's keys in panels, values in rows (forward)
+  T* hidden;                    // (keys,): 0 or -infinity
+  T* diagonals;                 // what is added by distance
+  T* tile;                      // (kQueryBlock, kScoreRow): what is added by position
+  T* kept;                      // what dropout multiplies with
   // backward
   T *value_panels, *key_rows, *grad_out, *grad_scores, *dropped, *grad_query, *grad_key, *grad_value;
   T *grad_diagonals, *grad_tile;

@@ -1,7 +1,8 @@
 // Products of attention's blocks: c (m, n) = or += a (m, depth) b (depth, n).
 //
 // a is read element by element with any strides; b in panels of 2 vectors' columns, `ldb` elements between its rows and
-// `panel` between panels, padded to whole vectors; c has rows of whole vectors. Each element is summed in order of depth.
+// `panel` between panels, padded to whole vectors; c has rows of whole vectors. Each element is summed in order of
+// depth.
 
 #ifdef __clang__
 #define DLKERN_UNROLL _Pragma("unroll")
@@ -227,14 +228,16 @@ void copy_panels(T* to, const S* from, int64_t stride, int64_t first, int64_t ro
             v[r] = r >= here ? vf{} : count == 8 ? load<false>(row, 8) : load<true>(row, count);
           }
           transpose(v);
-          for (int k = 0; k < 8; ++k) store<false>(panel + (i + k) * width + half, v[k] * f, 8);  // room up to padded(n)
+          for (int k = 0; k < 8; ++k)
+            store<false>(panel + (i + k) * width + half, v[k] * f, 8);  // room up to padded(n)
         }
         continue;
       }
 #endif
       for (; i < n; ++i)
         for (int64_t r = 0; r < w; ++r)
-          panel[i * width + half + r] = r >= here ? T(0) : factor * (T)load<true>(from + (begin + r) * stride + i, 1)[0];
+          panel[i * width + half + r] =
+              r >= here ? T(0) : factor * (T)load<true>(from + (begin + r) * stride + i, 1)[0];
     }
   }
 }

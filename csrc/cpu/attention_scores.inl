@@ -9,14 +9,30 @@ struct Head {
   int64_t b, key_head;
   Sequence s;
   int64_t from, to;
-  bool hides;  // w.hidden says which keys between them are hidden
+  bool hides;                           // w.hidden says which keys between them are hidden
   Rows<T> query, grad_out, key, value;  // the block's, and the head's
   // What w.tile holds, and what w.grad_tile gathers.
   int64_t h, tile_head, tile_query, tile_key, tile_keys;
 
   Head(const AttentionProblem& problem, const AttentionPlan& a_plan, AttentionWork<T>& work)
-      : p(problem), plan(a_plan), w(work), b(-1), key_head(-1), s{}, from(0), to(0), hides(false), query{}, grad_out{}, key{}, value{}, h(0), tile_head(-1),
-        tile_query(0), tile_key(0), tile_keys(0) {}
+      : p(problem),
+        plan(a_plan),
+        w(work),
+        b(-1),
+        key_head(-1),
+        s{},
+        from(0),
+        to(0),
+        hides(false),
+        query{},
+        grad_out{},
+        key{},
+        value{},
+        h(0),
+        tile_head(-1),
+        tile_query(0),
+        tile_key(0),
+        tile_keys(0) {}
 };
 
 template <class T>
@@ -37,8 +53,7 @@ void find_keys(Head<T>& a) {
   while (a.from < a.to && padding[a.from]) ++a.from;
   for (int64_t j = a.from; j < a.to; ++j) a.hides |= padding[j] != 0;
   if (!a.hides) return;
-  for (int64_t j = 0; j < padded(a.s.keys); ++j)
-    a.w.hidden[j] = j < a.s.keys && padding[j] ? -kInfinity<T> : T(0);
+  for (int64_t j = 0; j < padded(a.s.keys); ++j) a.w.hidden[j] = j < a.s.keys && padding[j] ? -kInfinity<T> : T(0);
 }
 
 // What is added by distance: w.diagonals[j - i + queries - 1] for key j of query i.
@@ -47,15 +62,15 @@ void fill_diagonals(Head<T>& a) {
   const AttentionProblem& p = a.p;
   if (!a.plan.distances && !p.slopes) return;
   const T* table = a.plan.distances ? static_cast<const T*>(p.table) + a.h * p.rows : nullptr;
-  const T slope =
-      p.slopes ? static_cast<const T*>(p.slopes)[(p.slope_batches == 1 ? 0 : a.b) * p.heads + a.h] : T(0);
+  const T slope = p.slopes ? static_cast<const T*>(p.slopes)[(p.slope_batches == 1 ? 0 : a.b) * p.heads + a.h] : T(0);
   const int64_t n = a.s.queries + a.s.keys - 1, first = -(a.s.queries - 1) - a.s.offset;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t d = first + i;
     T value = 0;
     if (table) {
       const int64_t at = std::clamp(d, -p.reach, p.reach) + p.reach;
-      value = table[p.index_is_64 ? static_cast<const int64_t*>(p.index)[at] : static_cast<const int32_t*>(p.index)[at]];
+      value =
+          table[p.index_is_64 ? static_cast<const int64_t*>(p.index)[at] : static_cast<const int32_t*>(p.index)[at]];
     }
     a.w.diagonals[i] = p.slopes ? value - slope * (T)(d < 0 ? -d : d) : value;
   }
@@ -195,18 +210,21 @@ DLKERN_INLINE void philox(uint32_t (&c)[4], uint64_t seed) {
   }
 }
 
-// w.kept: what elements of the softmax are multiplied with.
+// w.kept: what elements of the softmax are multiplied with; 0 from n on.
 template <class T>
 void fill_kept(const Head<T>& a, int64_t q0, int64_t m, int64_t k0, int64_t n) {
   const AttentionProblem& p = a.p;
   const uint32_t least = (uint32_t)std::min<int64_t>((int64_t)(p.dropout * 2147483648.0), 2147483647);
   const T factor = (T)(1.0 / (1.0 - p.dropout));
-  for (int64_t i = 0; i < m; ++i)
+  for (int64_t i = 0; i < m; ++i) {
+    T* row = a.w.kept + i * kScoreRow;
     for (int64_t j = 0; j < n; j += 4) {
       uint32_t words[4] = {(uint32_t)((k0 + j) / 4), (uint32_t)(q0 + i), (uint32_t)(a.b * p.heads + a.h), 0};
       philox(words, (uint64_t)p.seed);
-      for (int k = 0; k < 4; ++k) a.w.kept[i * kScoreRow + j + k] = (words[k] >> 1) >= least ? factor : T(0);
+      for (int k = 0; k < 4; ++k) row[j + k] = (words[k] >> 1) >= least ? factor : T(0);
     }
+    for (int64_t j = n; j < padded(n); ++j) row[j] = 0;
+  }
 }
 
 template <class T>

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from . import batch_norm_act as rule
 from . import attention, conv_bn_act, depthwise, recurrent
+from . import batch_norm_act as rule
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
 from .codegen import forward_source

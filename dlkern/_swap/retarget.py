@@ -134,6 +134,10 @@ def _rewritten(base: type[nn.Module]) -> tuple[ast.Module, types.FunctionType, i
     (definition,) = tree.body
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or definition.name != "forward":
         raise ValueError("its forward has decorators, or is defined under another name")
+    for node in ast.walk(definition):
+        name = getattr(node, "attr", getattr(node, "id", ""))
+        if isinstance(name, str) and name.startswith("__") and not name.endswith("__"):
+            raise ValueError(f"its forward reads {name}, whose name belongs to its class")
     rename = _Rename(function)
     definition = rename.visit(definition)
     # nothing but the body is compiled again: defaults and annotations are the function's own
@@ -155,6 +159,7 @@ def _rewritten(base: type[nn.Module]) -> tuple[ast.Module, types.FunctionType, i
     if hasattr(outer, "type_params"):
         outer.type_params = []
     module = ast.fix_missing_locations(ast.Module([outer], []))
+    ast.increment_lineno(module, function.__code__.co_firstlineno - 1)  # for tracebacks
     return module, function, rename.count
 
 
@@ -174,9 +179,9 @@ def retargeted(base: type[nn.Module]) -> Callable[..., Any]:
     exec(compile(tree, inspect.getsourcefile(function) or "<dlkern>", "exec"), scope)
     cells = function.__closure__ or ()
     made = scope["make"](run, *(None for _ in cells))
-    given = dict(zip(function.__code__.co_freevars, cells, strict=True))
-    mine = dict(zip(made.__code__.co_freevars, made.__closure__, strict=True))
-    closure = tuple(given.get(name, mine[name]) for name in made.__code__.co_freevars)
+    given: dict[str, Any] = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    mine: dict[str, Any] = dict(zip(made.__code__.co_freevars, made.__closure__, strict=True))
+    closure: Any = tuple(given.get(name, mine[name]) for name in made.__code__.co_freevars)
     forward = types.FunctionType(made.__code__, function.__globals__, "forward", function.__defaults__, closure)
     forward.__kwdefaults__ = function.__kwdefaults__
     return forward

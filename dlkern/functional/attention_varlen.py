@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def _ends(name: str, t: Tensor, query: Tensor, length: int) -> Tensor:
         seen = t.tolist()
         if seen[0] != 0 or seen[-1] != length:
             raise ValueError(f"{name}: expected to begin with 0 and end with {length}, got {seen[0]} and {seen[-1]}")
-        for i, (a, b) in enumerate(zip(seen, seen[1:], strict=False)):
+        for i, (a, b) in enumerate(itertools.pairwise(seen)):
             if b < a:
                 raise ValueError(f"{name}: expected ends that never fall, got {a} and then {b} at {i + 1}")
     return t

@@ -20,10 +20,10 @@ def register() -> str:
     """Make "dlkern" an attention implementation of transformers; returns that name. Calling it again does nothing.
 
     ``model.set_attn_implementation("dlkern")``, or ``from_pretrained(..., attn_implementation="dlkern")``, then runs
-    every attention of a model that has "sdpa" by :func:`dlkern.functional.attention`. Both registries know the name, since
-    a model without a mask function would be given no mask. Beside what "sdpa" does,
-    ``softcap`` works. A query that sees no key has output 0. A model that was saved or pickled with this
-    implementation needs ``register()`` before it is loaded.
+    every attention of a model that has "sdpa" by :func:`dlkern.functional.attention`. Both registries know the name,
+    since a model without a mask function would be given no mask. Beside what "sdpa" does, ``softcap`` works. A query
+    that sees no key has output 0. A model that was saved or pickled with this implementation needs ``register()``
+    before it is loaded.
 
     Raises:
         ImportError: transformers is not installed, or is older than its registry of masks (4.53).
@@ -82,7 +82,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query (B, H, Lq, D), key and value (B, Hk, Lk, D); out (B, Lq, H, D).
 
-    A mask that is the same for all queries (``attention_mask``'s for padding) goes to the kernel as the (B, Lk) that it is. What dlkern has no attention for (paged caches, heads of more than 256) runs as "sdpa".
+    A mask that is the same for all queries (``attention_mask``'s for padding) goes to the kernel as the (B, Lk) that it
+    is. What dlkern has no attention for (paged caches, heads of more than 256) runs as "sdpa".
     """
     softcap = kwargs.pop("softcap", None)
     if _unfit(query, key, value, attention_mask, position_bias) or kwargs.get("cache") is not None:

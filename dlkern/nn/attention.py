@@ -158,9 +158,7 @@ def _is_mask(mask: Any, query: Tensor) -> bool:
     return isinstance(mask, Tensor) and mask.dtype in (torch.bool, query.dtype) and mask.device == query.device
 
 
-def _project(
-    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """query, key and value behind their projections, each (*, *, heads, head_dim), as views where one product did."""
     embed, bias, split = module.embed_dim, module.in_proj_bias, (module.num_heads, module.head_dim)
     if not module._qkv_same_embed_dim:

@@ -12,8 +12,8 @@ The signatures here are the contract of every implementation of the op. Shapes: 
 * ``seed`` (1,) int64, of the dropout;
 * ``cu_queries`` and ``cu_keys`` (sequences + 1,): sequences laid end to end in a batch of one. Sequence s is the
   queries cu_queries[s] to cu_queries[s + 1] and the keys of cu_keys likewise, and sees nothing of the others; positions
-  count from its own beginning, and it is the batch of the slopes and of the dropout. Mask, bias, padding, lengths and an
-  index by position do not come with them.
+  count from its own beginning, and it is the batch of the slopes and of the dropout. Mask, bias, padding, lengths and
+  an index by position do not come with them.
 
 A row (query) that sees no key has output 0, LSE -inf and gradient 0. LSE (B, H, Lq) is the natural logarithm of the
 sum of a row's exponentials, in the dtype of accumulation: float32, or float64 where query is.
@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
 
 #: Below so many queries or keys a call is mostly overhead.
 SHORT = 48
@@ -70,8 +69,8 @@ class Options(NamedTuple):
 
     Causal attention is ``right`` 0. ``softcap`` 0 is none; else scores s become softcap * tanh(s / softcap) before
     anything is added. Dropout drops an element of the softmax with ``dropout_p`` and divides the others by
-    1 - dropout_p; LSE is from before dropout. With ``bottom_right`` (of sequences only) the offset is each sequence's own
-    number of keys minus queries.
+    1 - dropout_p; LSE is from before dropout. With ``bottom_right`` (of sequences only) the offset is each sequence's
+    own number of keys minus queries.
     """
 
     scale: float
