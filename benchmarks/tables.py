@@ -195,6 +195,25 @@ def recurrent(rows: Rows) -> list[str]:
     return table(heads, lines)
 
 
+def attention(rows: Rows) -> list[str]:
+    """PyTorch's time / dlkern's, a line per case and backend."""
+    lines = [
+        [
+            f"{row['kind']}, lengths {min(row['lengths'])} to {max(row['lengths'])}" if row["lengths"] else row["kind"],
+            " x ".join(str(row[name]) for name in ("batch", "heads", "length", "dim")),
+            _mode(row),
+            row["dtype"],
+            f"{row['row']} ({row['backend']})",
+            _milliseconds(row, "eager"),
+            _paired(row, row["row"]),
+            f">= {row['target']}" if row.get("target") else "",
+        ]
+        for row in rows
+    ]
+    heads = ["kind", "batch x heads x length x dim", "mode", "dtype", "row (backend)", "PyTorch ms", "PyTorch / row"]
+    return table([*heads, "target"], lines)
+
+
 def device(rows: Rows) -> list[str]:
     """The device's own ceilings."""
     lines = [[row["what"], f"{row['rate']:.4g} {row['unit']}"] for row in rows]
@@ -229,6 +248,7 @@ def _suite_bars(rows: Rows) -> list[Bar]:
 
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
+    "attention": attention,
     "batch_norm_act": batch_norm_act,
     "conv_bn_act": conv_bn_act,
     "depthwise": depthwise,

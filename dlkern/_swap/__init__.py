@@ -19,7 +19,7 @@ from dlkern.kernels.reference.batch_norm_act import Request
 from dlkern.nn.conv_bn_act import FOLDED_WEIGHT
 from dlkern.ops import batch_norm_act as op
 
-from . import atrous, depthwise, recurrent, runtime
+from . import atrous, attention, depthwise, recurrent, runtime, transformers
 from .batch_norm_act import KIND, is_candidate
 from .classes import SwappedSite, generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
@@ -48,8 +48,11 @@ def swap(
     training the convolution is called as it stands and what follows is fused; in inference without
     gradients the batch norm is folded into the convolution where that is faster. Depthwise convolutions,
     of one or two dimensions, run their own kernels, in such a site or wherever else they stand. LSTM, GRU,
-    RNN and their cells are sites, too, by exact type, and so is atrous spatial pyramid pooling as torchvision and
-    segmentation_models_pytorch have it, on top of the sites inside of it.
+    RNN and their cells are sites, too, by exact type, and so are MultiheadAttention, torchvision's
+    ShiftedWindowAttention (both versions) and direct calls of F.scaled_dot_product_attention in a forward. Atrous
+    spatial pyramid pooling as torchvision and segmentation_models_pytorch have it is one on top of the sites inside of
+    it. A transformers model with attention "sdpa" is given "dlkern" (see dlkern.integrations.transformers), and "sdpa"
+    again by ``unswap``.
 
     Args:
         model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
@@ -86,6 +89,7 @@ def swap(
         for module, cls in changes:
             object.__setattr__(module, "__class__", cls)
             runtime.reset(module)
+        transformers.enter(model, filter_fn)
         _reasons[model] = findings.reasons
     return model
 
@@ -105,6 +109,7 @@ def unswap(model: nn.Module) -> nn.Module:
             plan = plan_of(module)
             if plan is not None:
                 object.__setattr__(module, "__class__", plan[0])
+        transformers.leave(model)
         _reasons.pop(model, None)
     return model
 
@@ -125,6 +130,7 @@ def report(model: nn.Module) -> Report:
         made.calls += counter if counter is not None else Calls()
         known = {row.path for row in made.swapped}  # a container's site can run in the owner that inlines it
         made.swapped += [_row(model, path, s) for s in plan[1].sites if join(path, s.path) not in known]
+    made.swapped += transformers.rows(model, planned=False)
     reasons = _reasons.get(model)
     if reasons is None and made.swapped:  # a copy: nothing is traced here, the model may be running
         swapped = {row.path for row in made.swapped}
@@ -147,6 +153,7 @@ def explain(model: nn.Module) -> Report:
     for path, plan in sorted(findings.plans.items(), key=lambda item: item[0].count(".")):
         known = {row.path for row in made.swapped}
         made.swapped += [_row(model, path, s) for s in plan.sites if join(path, s.path) not in known]
+    made.swapped += transformers.rows(model, planned=True)
     made.skipped = _left(model, findings.reasons)
     return made
 
@@ -158,6 +165,8 @@ def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
     def kind(module: nn.Module | None) -> str:
         if module is not None and atrous.is_block(module):
             return atrous.KIND
+        if attention.is_attention(module):
+            return attention.KIND
         return recurrent.kind_of(module) or (depthwise.KIND if depthwise.is_depthwise(module) else KIND)
 
     return [Row(path, kind(modules.get(path)), "", reason) for path, reason in sorted(reasons.items())]
@@ -166,6 +175,8 @@ def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
 def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
     """A swapped site, with the backend that its device, dtype and mode get by default."""
     path = join(owner, site.path)
+    if site.kind == attention.KIND:
+        return attention.row(model, path, site)
     if site.kind in recurrent.KINDS:
         return recurrent.row(model, path, site)
     if site.kind == atrous.KIND:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .atrous import ASPP, AtrousConv2d, AtrousSeparableConv2d
+from .attention import Attention, MultiheadAttention
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .conv_bn_act import ConvBNAct2d
 from .depthwise import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConvBNAct2d, DepthwiseSeparableConv2d
@@ -18,6 +19,7 @@ __all__ = [
     "RNN",
     "AtrousConv2d",
     "AtrousSeparableConv2d",
+    "Attention",
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
@@ -30,5 +32,6 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "LayerNormLSTM",
+    "MultiheadAttention",
     "RNNCell",
 ]
