@@ -111,7 +111,7 @@ def described(conv: Any) -> tuple[str, str]:
         chosen.append(dispatch.choose(op.NAME, request))
     contiguous, last = chosen
     if contiguous.backend == last.backend:
-        return contiguous
+        return contiguous.backend, contiguous.reason
     ours = next(choice for choice in chosen if choice.backend != "torch")
     return ours.backend, f"{ours.reason} in {'channels_last' if ours is last else 'contiguous'} images, torch in others"
 
@@ -173,7 +173,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     size = geometry.output_size(x, weight)
     if size[2] < 1 or size[3] < 1 or (kind == "batch" and size[0] * size[2] * size[3] == 1):
         return False  # refused by PyTorch in its own words
-    return chain.choose(x, weight, geometry, kind, saves, False, activation, dtype) != "torch"
+    return dispatch.recording() or chain.choose(x, weight, geometry, kind, saves, False, activation, dtype) != "torch"
 
 
 def _agrees(parameter: Tensor | None, x: Tensor, dtype: torch.dtype) -> bool:
@@ -211,7 +211,7 @@ def takes_alone(conv: Any, x: Any) -> bool:
     size = geometry.output_size(x, weight)
     if size[2] < 1 or size[3] < 1:
         return False
-    return op.choose(x, weight, geometry, "identity", dtype) != "torch"
+    return dispatch.recording() or op.choose(x, weight, geometry, "identity", dtype) != "torch"
 
 
 def fused_alone(conv: Any, x: Tensor) -> Tensor:

@@ -280,6 +280,7 @@ def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
     return reference_activation.forward_inplace(c, activation)
 
 
+@dispatch.entry
 def apply(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation = IDENTITY
 ) -> Tensor:
@@ -323,7 +324,7 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry, activation: str, dtype
             f"{NAME}: the {forced} backend has no vmap and no forward-mode gradients (jvp); "
             "use dlkern.backend(depthwise='torch')"
         )
-    return dispatch.choose(NAME, request_of(x, weight, geometry, activation, dtype=dtype)).backend
+    return dispatch.choose(NAME, request_of(x, weight, geometry, activation, dtype=dtype), x, weight).backend
 
 
 def run(

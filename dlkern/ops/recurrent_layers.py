@@ -61,6 +61,7 @@ def choose(
     one_step: bool,
     cell: bool,
     packed: bool,
+    layers: int = 1,
 ) -> tuple[str, torch.dtype]:
     """The backend for a call, and the dtype in which it runs (autocast's, where that is on)."""
     device, dtype = x.device.type, x.dtype
@@ -78,9 +79,10 @@ def choose(
         weights.hr is not None,
         training,
     )
-    return dispatch.choose(op.name, request).backend, dtype
+    return dispatch.choose(op.name, request, x, batch, weights.ih, weights.hh, layers).backend, dtype
 
 
+@dispatch.entry
 def run(
     op: Family,
     x: Tensor,
@@ -103,7 +105,9 @@ def run(
     batch = h0.size(1) if h0 is not None else x.size(1)
     one_step = not packed and x.size(0) == 1
     wants = library.wants_gradient(x, h0, c0, *layers[0])
-    backend, dtype = choose(op, x, batch, layers[0], activation, wants, one_step=one_step, cell=False, packed=packed)
+    backend, dtype = choose(
+        op, x, batch, layers[0], activation, wants, one_step=one_step, cell=False, packed=packed, layers=len(layers)
+    )
     if backend == "torch" or x.numel() == 0:
         return _torch(op, x, h0, c0, layers, directions, batch_sizes, activation, dropout, training)
     if dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
@@ -158,6 +162,7 @@ def _torch(
     return found[0], found[1], found[2] if op.has_cell else None
 
 
+@dispatch.entry
 def cell(
     op: Family,
     x: Tensor,
