@@ -51,9 +51,7 @@ _OPS: dict[str, Op] = {}
 #: torch.backends' flags are: worker threads of the user's see it, and torch.compile guards on it.
 _forced: dict[str, str] = {}
 _choices: dict[tuple[Any, ...], Choice] = {}
-#: The same while measurements count, by sizes as well; of one epoch of the answers.
-_weighed_choices: dict[tuple[Any, ...], Choice] = {}
-_weighed_epoch = 0
+_PLAIN = (int, bool, type(None))  # sizes that are no tensors
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -161,6 +159,18 @@ def forced(op_name: str) -> str | None:
     return _forced_outside(value, op_name) if value else None
 
 
+def _reader(name: str) -> Callable[[], object]:
+    """Whether an environment variable is set, without os.environ's work on the name at each call (0.6 us)."""
+    data, encode = getattr(os.environ, "_data", None), getattr(os.environ, "encodekey", None)
+    if not isinstance(data, dict) or encode is None:
+        return lambda: os.environ.get(name)
+    key, get = encode(name), data.get
+    return lambda: get(key)
+
+
+_set_outside = _reader("DLKERN_BACKEND")
+
+
 @_constant
 def _forced_outside(value: str, op_name: str) -> str | None:
     return _named(_environment(value), op_name)
@@ -211,9 +221,26 @@ def choose(op_name: str, request: Any, *sizes: Any) -> Choice:
     Raises:
         RuntimeError: a forced backend does not support the request.
     """
-    if answers.epoch:
-        return _weighed(answers.epoch, op_name, forced(op_name), _shape(sizes), type(request), *request)
-    return _choose(op_name, forced(op_name), type(request), *request)
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        if answers.epoch:
+            return _weighed(answers.epoch, op_name, forced(op_name), (), type(request), *request)
+        return _choose(op_name, forced(op_name), type(request), *request)
+    forced_name = forced(op_name) if _forced or _set_outside() else None
+    if not answers.epoch:
+        choice = _choices.get((op_name, forced_name, request))  # a named tuple equals its fields
+        return _choose(op_name, forced_name, type(request), *request) if choice is None else choice
+    key = (
+        op_name,
+        forced_name,
+        request,
+        torch.is_grad_enabled(),
+        *[v if type(v) in _PLAIN else (v.shape, v.requires_grad) for v in sizes],
+    )
+    choice = answers.choices.get(key)
+    if choice is None:
+        choice = _weighed(answers.epoch, op_name, forced_name, _shape(sizes), type(request), *request)
+        answers.choices[key] = choice
+    return choice
 
 
 @_constant
@@ -245,17 +272,15 @@ def _decide(op_name: str, forced_name: str | None, request: Any) -> Choice:
 
 # ------------------------------------------------------------------------------------ measured
 def _shape(sizes: tuple[Any, ...]) -> tuple[int, ...]:
-    """The sizes as plain numbers; none while torch.compile traces, where they may be symbols."""
-    if torch.compiler.is_compiling():
-        return ()
+    """The sizes as plain numbers: of a tensor its shape, and 1 where its gradient is wanted; -1 for None."""
     found: list[int] = []
     grad = torch.is_grad_enabled()
     for value in sizes:
-        if isinstance(value, torch.Tensor):
-            found += value.shape
-            found.append(grad and value.requires_grad)
+        if type(value) in _PLAIN:
+            found.append(-1 if value is None else int(value))
         else:
-            found.append(-1 if value is None else value)
+            found += value.shape
+            found.append(int(grad and value.requires_grad))
     return tuple(found)
 
 
@@ -263,27 +288,18 @@ def _shape(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 def _weighed(
     epoch: int, op_name: str, forced_name: str | None, shape: tuple[int, ...], request_type: type, *fields: Any
 ) -> Choice:
-    global _weighed_epoch
-    known = _weighed_choices
-    if answers.trial is not None:
-        known = answers.trial.choices
-    elif epoch != _weighed_epoch:
-        known.clear()
-        _weighed_epoch = epoch
-    key = (op_name, forced_name, shape, fields)
-    choice = known.get(key)
-    if choice is None:
-        request = request_type(*fields)
-        choice = known[key] = _weigh(op_name, forced_name, shape, request)
-        if choice.measured:
-            _log(op_name, choice, request, shape)
+    del epoch  # torch.compile guards on it
+    request = request_type(*fields)
+    choice = _weigh(op_name, forced_name, shape, request)
+    if choice.measured:
+        _log(op_name, choice, request, shape)
     return choice
 
 
 def _weigh(op_name: str, forced_name: str | None, shape: tuple[int, ...], request: Any) -> Choice:
     if forced_name is None:
         op = _OPS[op_name]
-        key = answers.Key(op_name, answers.in_words(request, op.sizes), tuple(map(int, shape)))
+        key = answers.Key(op_name, answers.in_words(request, op.sizes), shape)
         if answers.trial is not None:
             return Choice(answers.trial.backend(key, request), "tried")
         found = answers.near(key)

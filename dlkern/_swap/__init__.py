@@ -205,14 +205,17 @@ def _add_measured(made: Report, verdict: Verdict | None) -> None:
     made.measured = verdict
     if verdict is None:
         return
-    for rows in (made.swapped, made.skipped):
-        for index, row in enumerate(rows):
-            site = verdict.sites.get(row.path)
-            if site is None:
-                continue
-            backend = site.backend if rows is made.swapped else ""
-            reason = site.reason if verdict.kept or not site.kept else f"{site.reason}; {verdict.summary}"
-            rows[index] = dataclasses.replace(row, backend=backend, reason=reason, ratio=site.ratio)
+    rows = {row.path: row for row in made.swapped}
+    left = {row.path: row for row in made.skipped}
+    for path, site in verdict.sites.items():
+        if path in rows:
+            rows[path] = dataclasses.replace(rows[path], backend=site.backend, reason=site.reason, ratio=site.ratio)
+            continue
+        undone = site.kept and not verdict.kept
+        reason = f"{site.reason}; {verdict.summary}" if undone else site.reason
+        old = left.get(path, Row(path, site.kind, "", reason))
+        left[path] = dataclasses.replace(old, reason=reason, ratio=site.ratio)
+    made.swapped, made.skipped = list(rows.values()), [left[path] for path in sorted(left)]
 
 
 def explain(model: nn.Module, *, sample: Any = None, policy: str = "default") -> Report:

@@ -76,6 +76,10 @@ trial: Trial | None = None
 #: Runs an op's entry and notes the call (see :mod:`dlkern.tuning.record`).
 recorder: Callable[..., Any] | None = None
 
+#: What ``dispatch.choose`` has chosen so far by these answers, or by the current trial.
+choices: dict[Any, Any] = {}
+
+_remembered = choices
 _table: dict[tuple[str, str], dict[tuple[int, ...], Answer]] = {}
 _counter = 0
 
@@ -83,14 +87,16 @@ _counter = 0
 def changed() -> None:
     """Recompute ``epoch`` after a change of the answers, the trial or the recorder."""
     global epoch, _counter
+    _remembered.clear()
     _counter += 1
     epoch = _counter if _table or trial is not None or recorder is not None else 0
 
 
 def attempt(new: Trial | None) -> Trial | None:
     """Make a trial the current one (None ends it); returns the one before."""
-    global trial
+    global trial, choices
     before, trial = trial, new
+    choices = _remembered if new is None else new.choices
     if (before is None) != (new is None):
         changed()
     return before

@@ -36,6 +36,7 @@ Default = Callable[[Filter | None], None]
 class SiteVerdict:
     """What was measured at a site; ``ratio`` is PyTorch's time divided by dlkern's fastest."""
 
+    kind: str
     backend: str
     reason: str
     ratio: float | None
@@ -253,7 +254,7 @@ def _raced(recorded: Recording, places: _Places, effort: Effort, say: progress.S
             found.wrong.append(f"{name} is set aside for {key.op} {'x'.join(map(str, key.shape))}: {why}")
     outcomes = [by_key[call.key] for call in recorded.calls]
     for path, indices in places.calls_of(recorded.calls).items():
-        found.sites[path] = _site(recorded.calls, outcomes, indices)
+        found.sites[path] = _site(places.kinds[path], recorded.calls, outcomes, indices)
     return found
 
 
@@ -263,6 +264,7 @@ class _Places:
 
     tensors: dict[str, frozenset[int]] = field(default_factory=dict)
     owners: dict[int, list[str]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
     def calls_of(self, calls: list[Call]) -> dict[str, list[int]]:
         """Indices of each site's calls: by its own tensors, else by the forward that made the call."""
@@ -284,14 +286,14 @@ def _places(model: nn.Module) -> _Places:
             path = join(owner, site.path)
             parts = [modules[path], *([modules[join(owner, site.conv)]] if site.conv is not None else [])]
             own = frozenset(id(t) for m in parts for t in [*m.parameters(), *m.buffers()])
-            found.tensors[path] = own
+            found.tensors[path], found.kinds[path] = own, site.kind
             found.owners.setdefault(id(module), []).append(path)
     return found
 
 
-def _site(calls: list[Call], outcomes: list[Outcome], indices: list[int]) -> SiteVerdict:
+def _site(kind: str, calls: list[Call], outcomes: list[Outcome], indices: list[int]) -> SiteVerdict:
     if not indices:
-        return SiteVerdict("", "measured: the sample did not reach it in this mode", None, False)
+        return SiteVerdict(kind, "", "measured: the sample did not reach it in this mode", None, False)
     keys = list(dict.fromkeys(key for i in indices for key in outcomes[i].reached))
     found = {key: answer for key in keys if (answer := answers.exact(key)) is not None}
     names = list(dict.fromkeys(a.backend for a in found.values() if a.backend != "torch"))
@@ -304,10 +306,10 @@ def _site(calls: list[Call], outcomes: list[Outcome], indices: list[int]) -> Sit
     where = calls[outer[0]].where
     if names:
         gain = f"{ratio:.2f}x PyTorch" if ratio is not None else "faster than PyTorch"
-        return SiteVerdict(", ".join(names), f"measured: {gain} on {where}", ratio, True)
+        return SiteVerdict(kind, ", ".join(names), f"measured: {gain} on {where}", ratio, True)
     told = [a.in_words() for a in found.values()]
     reason = next((text for text in told if "x PyTorch" in text), told[0] if told else "measured: nothing to choose")
-    return SiteVerdict("torch", f"{reason} on {where}", ratio, False)
+    return SiteVerdict(kind, "torch", f"{reason} on {where}", ratio, False)
 
 
 def _costs(index: int, calls: list[Call], outcomes: list[Outcome], chosen: set[int]) -> list[tuple[float, float]]:

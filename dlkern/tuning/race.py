@@ -27,6 +27,8 @@ LEAST_GAIN = 1.02
 #: Where an activation bends: rounding decides there on which side an element falls.
 _KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "hardsigmoid": (-3.0, 3.0)}
 _PYTORCH = "PyTorch"
+#: Backends that take tensors of the CPU in an interpreter or a simulator alone.
+_EMULATED = ("triton", "cuda", "numba")
 
 Check = Callable[..., None]
 
@@ -279,7 +281,7 @@ def race(call: Call, effort: Effort = Effort(), only: tuple[str, ...] | None = N
     contenders = {f"{i}": trial for i, trial in enumerate(right)}
     baseline = Trial({}, decided=False)
     if any(_gains(trial) for trial in right):
-        with call.modes.entered():
+        with call.modes.entered(), tried(baseline):
             steps = {_PYTORCH: _timed(replay, baseline)}
             steps |= {name: _timed(replay, trial) for name, trial in contenders.items() if _gains(trial)}
             comparison = measure.compare(steps, device=device, warmup=1, **effort._asdict())
@@ -318,11 +320,11 @@ def _gains(trial: Trial) -> bool:
 
 def _timed(replay: Replay, trial: Trial) -> Callable[[], object]:
     def run() -> object:
-        answers.trial, before = trial, answers.trial  # the epoch is on: the outer block tries something
+        before = answers.attempt(trial)
         try:
             return replay.step()
         finally:
-            answers.trial = before
+            answers.attempt(before)
 
     return run
 
@@ -358,8 +360,11 @@ def _candidates(
 
 
 def _supporting(key: Key, request: Any, only: tuple[str, ...] | None) -> list[str]:
-    op = dispatch.operation(key.op)
-    names = [n for n in op.modules if n not in ("torch", "reference") and (only is None or n in only)]
+    names = [n for n in dispatch.operation(key.op).modules if n not in ("torch", "reference")]
+    if only is not None:
+        names = [n for n in names if n in only]
+    elif request.device == "cpu":
+        names = [n for n in names if n not in _EMULATED]
     return [n for n in names if dispatch.unsupported(key.op, n, request) is None]
 
 
