@@ -51,7 +51,8 @@ _OPS: dict[str, Op] = {}
 #: torch.backends' flags are: worker threads of the user's see it, and torch.compile guards on it.
 _forced: dict[str, str] = {}
 _choices: dict[tuple[Any, ...], Choice] = {}
-_PLAIN = (int, bool, type(None))  # sizes that are no tensors
+_PLAIN = frozenset((int, bool, type(None)))  # sizes that are no tensors
+_is_grad_enabled = torch.is_grad_enabled
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -229,13 +230,13 @@ def choose(op_name: str, request: Any, *sizes: Any) -> Choice:
     if not answers.epoch:
         choice = _choices.get((op_name, forced_name, request))  # a named tuple equals its fields
         return _choose(op_name, forced_name, type(request), *request) if choice is None else choice
-    key = (
-        op_name,
-        forced_name,
-        request,
-        torch.is_grad_enabled(),
-        *[v if type(v) in _PLAIN else (v.shape, v.requires_grad) for v in sizes],
-    )
+    parts: list[Any] = [op_name, forced_name, request, _is_grad_enabled()]
+    for v in sizes:
+        if type(v) in _PLAIN:
+            parts.append(v)
+        else:
+            parts += (v.shape, v.requires_grad)
+    key = tuple(parts)
     choice = answers.choices.get(key)
     if choice is None:
         choice = _weighed(answers.epoch, op_name, forced_name, _shape(sizes), type(request), *request)
@@ -334,6 +335,11 @@ def _log(op_name: str, choice: Choice, request: Any, shape: tuple[int, ...]) -> 
 def operation(op_name: str) -> Op:
     """An op's table."""
     return _all_ops()[op_name]
+
+
+def operations() -> tuple[str, ...]:
+    """Every op's name."""
+    return tuple(_all_ops())
 
 
 def unsupported(op_name: str, backend_name: str, request: Any) -> str | None:

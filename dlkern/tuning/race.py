@@ -145,8 +145,8 @@ class Judge:
             self._truth = self._results(self._leaves, wide=True)
             self._terms = self._conditioned()
 
-    def check(self, trial: Trial) -> None:
-        """Run the call under a trial and hold every result to the rule.
+    def check(self, trial: Trial) -> dict[Key, Any]:
+        """Run the call under a trial and hold every result to the rule; returns what the trial was asked for.
 
         Raises:
             AssertionError: a result is farther from float64 than the rule allows.
@@ -159,6 +159,7 @@ class Judge:
         for name, result in found.items():
             peer = self._peer.get(name)
             parity.assert_parity(name, result, self._truth[name], self._terms[name], peer=peer, dtype=self.dtype)
+        return trial.reached
 
     def _results(self, leaves: list[Any], wide: bool = False, seed: int | None = None) -> dict[str, Tensor]:
         """Outputs, gradients and whatever input was written to, by name."""
