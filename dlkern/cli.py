@@ -151,8 +151,15 @@ def _bench(arguments: argparse.Namespace) -> int:
         json=arguments.json,
         csv=arguments.csv,
         plot=arguments.plot,
+        html=arguments.html,
     )
     try:
+        if arguments.compare:
+            from .bench import difference
+
+            found = difference.compare(*map(difference.load, arguments.compare))
+            print(difference.render(found))
+            return 1 if found.reddened else 0
         if arguments.list:
             print(command.listing(settings))
             return 0
@@ -335,6 +342,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     out.add_argument("--json", metavar="FILE.json", help="everything, with versions, commit, date and device")
     out.add_argument("--csv", metavar="FILE.csv", help="a line per row")
     out.add_argument("--plot", metavar="FILE.png", help="a picture of the ratios (also .pdf, .svg)")
+    out.add_argument("--html", metavar="FILE.html", help="one page with a sortable table and charts")
+    out.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing: print what moved between two files of --json beyond the noise",
+    )
     bench.set_defaults(run=_bench)
 
 
