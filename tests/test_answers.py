@@ -152,9 +152,7 @@ def test_the_log_has_each_decision_once() -> None:
         "for _ in range(3): batch_norm_act(torch.ones(2, 3, 4, 4), None, None, training=True)"
     )
     environment = {**__import__("os").environ, "DLKERN_LOG": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     lines = [line for line in done.stderr.splitlines() if line.startswith("dlkern: ")]
     assert len(lines) == 1
     assert lines[0].startswith("dlkern: batch_norm_act -> cpu (default): device=cpu dtype=float32")

@@ -21,6 +21,7 @@ from dlkern.tuning import answers, cache, policy, race, record
 from dlkern.tuning import step as stepping
 
 SLOW = 0.02
+SHORT = race.Effort(0.0, 5, 5)
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +29,12 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache of its own, no answers from elsewhere, and short races."""
     monkeypatch.delenv("DLKERN_BACKEND", raising=False)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(race.Effort, "__new__", _short)
+    monkeypatch.setitem(policy.measured_swap.__kwdefaults__, "effort", SHORT)
     monkeypatch.setattr(policy, "_STEP_SECONDS", 0.0)
     answers.clear()
     yield
     answers.clear()
     assert answers.epoch == 0
-
-
-def _short(cls: type, *values: Any) -> Any:
-    return tuple.__new__(cls, (0.0, 5, 5))
 
 
 class Block(nn.Module):
@@ -213,8 +210,9 @@ def test_a_backend_that_fails_is_set_aside(model: nn.Module, x: torch.Tensor, mo
 
     for op in ("batch_norm_act", "conv_bn_act"):
         monkeypatch.setattr(dispatch.implementation(op, "cpu"), "forward", fails)
-        # the recorded pass runs by PyTorch, or it would fail like the user's own
-    monkeypatch.setattr(dispatch._OPS["batch_norm_act"].default_order, "__code__", (lambda request: ("torch",)).__code__)
+    # the recorded pass runs by PyTorch, or it would fail like the user's own
+    torch_first = dispatch.operation("batch_norm_act")._replace(default_order=lambda request: ("torch",))
+    monkeypatch.setitem(dispatch._OPS, "batch_norm_act", torch_first)
     monkeypatch.setattr(dispatch, "_choices", {})
     dlkern.swap(model, sample=x, policy="measured")
     report = dlkern.report(model)
@@ -393,7 +391,7 @@ def test_every_op_can_be_recorded_and_raced(make: Callable[[], Any], grad: bool)
         run()
     assert recorded.calls
     for call in recorded.calls:
-        outcome = race.race(call, race.Effort())
+        outcome = race.race(call, SHORT)
         assert outcome.raced
         assert not any(answer.wrong for answer in outcome.answers.values()), outcome
         answers.put(outcome.answers.items())

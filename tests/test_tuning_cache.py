@@ -172,14 +172,13 @@ for index in range(count):
 
 
 def _writer(number: int, count: int) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", _WRITER, str(number), str(count)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
-    return process
 
 
 def _start(*writers: subprocess.Popen[str]) -> None:

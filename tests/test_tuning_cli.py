@@ -33,9 +33,7 @@ def tiny(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("command", [["tune"], ["explain", "--measured"]])
-def test_a_model_is_measured_and_remembered(
-    tiny: str, command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_is_measured_and_remembered(tiny: str, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--infer", "--batch", "2", "--image-size", "12", "--device", "cpu"]
     assert cli.main([command[0], tiny, *command[1:], *options]) == 0
     out = capsys.readouterr().out

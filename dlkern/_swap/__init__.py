@@ -107,19 +107,34 @@ def swap(
         _refuse_extended(model)
         _refuse_frozen(model)
     given = memory_format if isinstance(memory_format, torch.memory_format) else None
-    reasons, verdict = _reasons.get(model), _verdicts.get(model)
+    kept = _kept(model)
+
+    def default(chosen: Filter | None) -> None:
+        _swap(model, chosen, given)
+
     try:
-        found = measured.measured_swap(
-            model, sample, filter_fn, tries, lambda chosen: _swap(model, chosen, given) and None
-        )
+        found = measured.measured_swap(model, sample, filter_fn, tries, default)
     except BaseException:
-        for table, value in ((_reasons, reasons), (_verdicts, verdict)):
-            table.pop(model, None)
-            if value is not None:
-                table[model] = value  # type: ignore[index,assignment]
+        _keep(model, kept)
         raise
     _verdicts[model] = found
     return model
+
+
+def _kept(model: nn.Module) -> tuple[dict[str, str] | None, Verdict | None]:
+    """What is known of a model beside it."""
+    return _reasons.get(model), _verdicts.get(model)
+
+
+def _keep(model: nn.Module, kept: tuple[dict[str, str] | None, Verdict | None]) -> None:
+    """Put ``_kept`` back."""
+    reasons, verdict = kept
+    _reasons.pop(model, None)
+    _verdicts.pop(model, None)
+    if reasons is not None:
+        _reasons[model] = reasons
+    if verdict is not None:
+        _verdicts[model] = verdict
 
 
 def _check_memory_format(model: nn.Module, memory_format: Any) -> None:
@@ -238,16 +253,12 @@ def explain(model: nn.Module, *, sample: Any = None, policy: str = "default") ->
 
 
 def _explain_measured(model: nn.Module, sample: Any, policy: str) -> Report:
-    classes = [(m, type(m)) for m in model.modules()]
-    tables = [(table, table.get(model)) for table in (_reasons, _verdicts)]
+    classes, kept = [(m, type(m)) for m in model.modules()], _kept(model)
     swap(model, sample=sample, policy=policy)
     made = report(model)
     for module, cls in classes:
         object.__setattr__(module, "__class__", cls)
-    for table, value in tables:
-        table.pop(model, None)
-        if value is not None:
-            table[model] = value  # type: ignore[index]
+    _keep(model, kept)
     made.planned = True
     return made
 

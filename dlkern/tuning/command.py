@@ -11,6 +11,7 @@ from dlkern.bench.cases.base import Problem
 from dlkern.bench.models import ModelCase, ModelProblem
 
 from . import answers, cache, progress, race, record
+from .answers import Answer, Key
 
 
 def model(
@@ -36,7 +37,8 @@ def suite(device: torch.device) -> int:
     """Measure the quick cases of every op in ``dlkern bench``; how many calls were raced."""
     wanted = [case for op in cases.OPS for case in cases.of(op, device.type) if case.quick]
     answers.put(cache.load(device.type))
-    fresh, raced = {}, 0
+    fresh: dict[Key, Answer] = {}
+    raced = 0
     with progress.bar() as say:
         for index, case in enumerate(wanted):
             say(index, len(wanted), f"{case.op} {case}")

@@ -102,7 +102,7 @@ def measured_swap(
     try_channels_last: bool,
     default: Default,
     *,
-    effort: Effort = Effort(),
+    effort: Effort = race.EFFORT,
     shown: bool | None = None,
 ) -> Verdict:
     """Swap a model by measurement; see :func:`dlkern.swap`. Every rank of a process group calls it.
@@ -299,9 +299,8 @@ def _site(kind: str, calls: list[Call], outcomes: list[Outcome], indices: list[i
     names = list(dict.fromkeys(a.backend for a in found.values() if a.backend != "torch"))
     chosen = set(indices)
     outer = [i for i in indices if calls[i].parent not in chosen]
-    stock = ours = 0.0
-    for seconds, ratio in (pair for i in outer for pair in _costs(i, calls, outcomes, chosen)):
-        stock, ours = stock + seconds, ours + seconds / ratio
+    costs = [pair for i in outer for pair in _costs(i, calls, outcomes, chosen)]
+    stock, ours = sum(seconds for seconds, _ in costs), sum(seconds / gain for seconds, gain in costs)
     ratio = round(stock / ours, 3) if ours else None
     where = calls[outer[0]].where
     if names:

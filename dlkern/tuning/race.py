@@ -25,7 +25,13 @@ _MOST = 24
 #: A candidate wins where it is faster by this much at least, and its p20 is above 1 too: a tie is PyTorch's.
 LEAST_GAIN = 1.02
 #: Where an activation bends: rounding decides there on which side an element falls.
-_KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "hardsigmoid": (-3.0, 3.0)}
+_KINKS = {
+    "relu": (0.0,),
+    "leaky_relu": (0.0,),
+    "relu6": (0.0, 6.0),
+    "hardswish": (-3.0, 3.0),
+    "hardsigmoid": (-3.0, 3.0),
+}
 _PYTORCH = "PyTorch"
 #: Backends that take tensors of the CPU in an interpreter or a simulator alone.
 _EMULATED = ("triton", "cuda", "numba")
@@ -39,6 +45,9 @@ class Effort(NamedTuple):
     min_seconds: float = 0.15
     min_rounds: int = 7
     max_rounds: int = 400
+
+
+EFFORT = Effort()
 
 
 @dataclass
@@ -260,7 +269,7 @@ def _without_dropout(call: Call, leaves: list[Any]) -> list[Any]:
 
 
 # -------------------------------------------------------------------------------------- racing
-def race(call: Call, effort: Effort = Effort(), only: tuple[str, ...] | None = None) -> Outcome:
+def race(call: Call, effort: Effort = EFFORT, only: tuple[str, ...] | None = None) -> Outcome:
     """Find the fastest correct backends of a call, for every decision in it that has no answer yet.
 
     Args:
@@ -296,20 +305,24 @@ def race(call: Call, effort: Effort = Effort(), only: tuple[str, ...] | None = N
     chosen = rival if outcome.won else next((t for t in found if set(t.overrides.values()) <= {"torch"}), baseline)
     outcome.reached = list(chosen.reached) or outcome.reached
     for key in open_keys:
-        if key not in chosen.reached:
-            continue  # asked for by no call that runs like the winner
-        name = chosen.overrides.get(key, "torch")
-        other = next((b for b in rival.overrides.values() if b != "torch"), None)
-        if name == "torch" and outcome.won:
-            other = None  # the gain is another decision's
-        figures = (None,) * 4
-        if outcome.ratio is not None and (name != "torch" or other is not None):
-            figures = tuple(float(f"{v:.4g}") for v in (*outcome.ratio, outcome.seconds))
-        outcome.answers[key] = Answer(
-            name, *figures, None if other is None and name == "torch" else (name if name != "torch" else other),
-            tuple(wrong.get(key, ())),
-        )  # fmt: skip
+        if key in chosen.reached:  # else asked for by no call that runs like the winner
+            name = chosen.overrides.get(key, "torch")
+            outcome.answers[key] = _answer(name, rival, outcome, tuple(wrong.get(key, ())))
     return outcome
+
+
+def _answer(name: str, rival: Trial, outcome: Outcome, wrong: tuple[tuple[str, str], ...]) -> Answer:
+    """The answer for one decision of the winner; the call's figures belong to what differs from PyTorch."""
+    beside = name
+    if name == "torch":
+        other = next((b for b in rival.overrides.values() if b != "torch"), None)
+        if other is None or outcome.won or outcome.ratio is None:  # the gain, if any, is another decision's
+            return Answer(name, wrong=wrong)
+        beside = other
+    if outcome.ratio is None:
+        return Answer(name, wrong=wrong)
+    ratio, low, high, seconds = (float(f"{v:.4g}") for v in (*outcome.ratio, outcome.seconds))
+    return Answer(name, ratio, low, high, seconds, beside, wrong)
 
 
 def _gains(trial: Trial) -> bool:
@@ -330,9 +343,7 @@ def _timed(replay: Replay, trial: Trial) -> Callable[[], object]:
     return run
 
 
-def _candidates(
-    replay: Replay, only: tuple[str, ...] | None, wrong: dict[Key, list[tuple[str, str]]]
-) -> list[Trial]:
+def _candidates(replay: Replay, only: tuple[str, ...] | None, wrong: dict[Key, list[tuple[str, str]]]) -> list[Trial]:
     """Every assignment of backends to the decisions that a call reaches and nothing has decided; the first is torch."""
     found: list[Trial] = []
 

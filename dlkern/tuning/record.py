@@ -84,7 +84,8 @@ class Call:
 
     def make(self, seed: int = 0) -> list[Any]:
         """Arguments of the same form, leaf by leaf: random floats, and the values that were kept."""
-        found, generators = [], {}
+        found: list[Any] = []
+        generators: dict[torch.device, torch.Generator] = {}
         for index, leaf in enumerate(self.leaves):
             if not isinstance(leaf, Form):
                 found.append(leaf)
@@ -165,7 +166,7 @@ class Recording:
                 Form(
                     tuple(leaf.shape),
                     leaf.stride(),
-                    leaf.storage_offset() % 64,
+                    int(leaf.storage_offset()) % 64,
                     leaf.dtype,
                     leaf.device,
                     leaf.requires_grad,
