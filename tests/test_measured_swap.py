@@ -229,7 +229,7 @@ def test_an_interruption_leaves_the_model_as_it_was(
 ) -> None:
     dlkern.swap(model)
     model(x)
-    model.bn.weight.grad = torch.ones(8)
+    model.bn.weight.grad, model.conv.weight.grad = torch.ones(8), torch.ones(8, 3, 3, 3)
     before, calls = _state(model), dlkern.report(model).calls
 
     def interrupt(*_: Any, **__: Any) -> Any:
@@ -328,6 +328,31 @@ def test_sample_and_policy_belong_together(model: nn.Module, options: dict[str, 
     with pytest.raises(ValueError, match=words):
         dlkern.swap(model, **options)
     assert plan_of(model) is None
+
+
+def test_a_forced_backend_leaves_nothing_to_measure(model: nn.Module, x: torch.Tensor) -> None:
+    with (
+        dlkern.backend(batch_norm_act="torch"),
+        pytest.raises(RuntimeError, match="'torch' is forced for batch_norm_act"),
+    ):
+        dlkern.swap(model, sample=x, policy="measured")
+    assert plan_of(model) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_measured_model_compiles_whole(
+    model: nn.Module, x: torch.Tensor, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.drop = nn.Identity()
+    with monkeypatch.context() as patch:
+        _slowly(patch, F, "batch_norm")
+        dlkern.swap(model.train(training), sample=x, policy="measured")
+    assert dlkern.report(model).swapped
+    torch._dynamo.reset()
+    expected = copy.deepcopy(model)(x)
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_auto_needs_a_measurement(model: nn.Module) -> None:

@@ -85,8 +85,8 @@ def swap(
         TypeError: model is no torch.nn.Module, or memory_format is none.
         ValueError: an unknown policy, a sample without policy="measured" or the reverse, or a memory format that
             cannot hold the parameters.
-        RuntimeError: somebody made a subclass of a swapped module's class (FSDP2, parametrizations), or the
-            model is frozen.
+        RuntimeError: somebody made a subclass of a swapped module's class (FSDP2, parametrizations), the
+            model is frozen, or policy="measured" while a backend is forced.
         Whatever filter_fn raises. After an error the model is exactly as it was.
     """
     check(model)
@@ -103,6 +103,10 @@ def swap(
         return _swap(model, filter_fn, memory_format)  # type: ignore[arg-type]
     from dlkern.tuning import policy as measured  # only where something is measured
 
+    forced = {name: backend for name in dispatch.operations() if (backend := dispatch.forced(name)) is not None}
+    if forced:
+        name, backend = next(iter(forced.items()))
+        raise RuntimeError(f'policy="measured" chooses by measurement, but {backend!r} is forced for {name}')
     with LOCK:
         _refuse_extended(model)
         _refuse_frozen(model)
@@ -224,7 +228,8 @@ def _add_measured(made: Report, verdict: Verdict | None) -> None:
     left = {row.path: row for row in made.skipped}
     for path, site in verdict.sites.items():
         if path in rows:
-            rows[path] = dataclasses.replace(rows[path], backend=site.backend, reason=site.reason, ratio=site.ratio)
+            backend = site.backend or rows[path].backend
+            rows[path] = dataclasses.replace(rows[path], backend=backend, reason=site.reason, ratio=site.ratio)
             continue
         undone = site.kept and not verdict.kept
         reason = f"{site.reason}; {verdict.summary}" if undone else site.reason

@@ -20,7 +20,9 @@ th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
 td.n{text-align:right}
 tr.red td{background:#fde8e8}
-@media(prefers-color-scheme:dark){body{background:#161616;color:#e6e6e6}th,td{border-color:#444}tr.red td{background:#502}}
+@media(prefers-color-scheme:dark){
+body{background:#161616;color:#e6e6e6}th,td{border-color:#444}tr.red td{background:#502}
+}
 """
 _SCRIPT = """
 "use strict";

@@ -15,6 +15,7 @@ from torch import nn
 from dlkern._swap import runtime
 from dlkern._swap.classes import plan_of
 from dlkern._swap.find import Filter, join
+from dlkern.nn.batch_norm_act import sync_group
 
 from . import answers, cache, progress, race, record
 from .answers import Answer, Key
@@ -254,6 +255,10 @@ def _raced(recorded: Recording, places: _Places, effort: Effort, say: progress.S
             found.wrong.append(f"{name} is set aside for {key.op} {'x'.join(map(str, key.shape))}: {why}")
     outcomes = [by_key[call.key] for call in recorded.calls]
     for path, indices in places.calls_of(recorded.calls).items():
+        if path in places.synchronised:
+            why = "not measured: the batch norm takes the statistics of several ranks; default order"
+            found.sites[path] = SiteVerdict(places.kinds[path], "", why, None, True)
+            continue
         found.sites[path] = _site(places.kinds[path], recorded.calls, outcomes, indices)
     return found
 
@@ -265,6 +270,7 @@ class _Places:
     tensors: dict[str, frozenset[int]] = field(default_factory=dict)
     owners: dict[int, list[str]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    synchronised: set[str] = field(default_factory=set)  # statistics of several ranks: a rank cannot race alone
 
     def calls_of(self, calls: list[Call]) -> dict[str, list[int]]:
         """Indices of each site's calls: by its own tensors, else by the forward that made the call."""
@@ -287,6 +293,8 @@ def _places(model: nn.Module) -> _Places:
             parts = [modules[path], *([modules[join(owner, site.conv)]] if site.conv is not None else [])]
             own = frozenset(id(t) for m in parts for t in [*m.parameters(), *m.buffers()])
             found.tensors[path], found.kinds[path] = own, site.kind
+            if sync_group(modules[path]) is not None:
+                found.synchronised.add(path)
             found.owners.setdefault(id(module), []).append(path)
     return found
 

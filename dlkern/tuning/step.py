@@ -91,7 +91,7 @@ class Step:
 
 @dataclass
 class Variant:
-    """Classes of modules and data of parameters and buffers that make a model one of its variants."""
+    """Classes of modules, and data of parameters, gradients and buffers, that make a model one of its variants."""
 
     classes: list[tuple[nn.Module, type]] = field(default_factory=list)
     data: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -99,7 +99,8 @@ class Variant:
     @classmethod
     def of(cls, model: nn.Module) -> Variant:
         """The model as it is now."""
-        tensors = [t for t in [*model.parameters(), *model.buffers()] if t.dim() in (4, 5)]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        tensors = [t for t in [*model.parameters(), *model.buffers(), *grads] if t.dim() in (4, 5)]
         return cls([(m, type(m)) for m in model.modules()], [(t, t.data) for t in tensors])
 
     def put(self) -> None:
