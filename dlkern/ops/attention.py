@@ -199,11 +199,13 @@ def request_of(query: Tensor, key: Tensor, value: Tensor, extras: Extras, option
     )
 
 
+@dispatch.entry
 def apply(
     query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Choose an implementation and run it, with autograd where a gradient is wanted; LSE where it is asked for."""
-    backend = dispatch.choose(NAME, request_of(query, key, value, extras, options)).backend
+    request = request_of(query, key, value, extras, options)
+    backend = dispatch.choose(NAME, request, query, key, value, extras.bias).backend
     if extras.cu_queries is not None and (backend == "torch" or query.numel() == 0 or key.numel() == 0):
         return attention_torch.sequences(query, key, value, extras, options, return_lse)
     if backend == "torch" or query.numel() == 0 or key.numel() == 0 or value.numel() == 0:

@@ -278,6 +278,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, invstd: Ten
 
 
 # --------------------------------------------------------------------------------- entry point
+@dispatch.entry
 def apply(
     x: Tensor,
     weight: Tensor | None,
@@ -308,7 +309,7 @@ def apply(
         residual is not None,
         activation.name,
     )
-    backend = dispatch.choose(NAME, request).backend
+    backend = dispatch.choose(NAME, request, x, weight, residual).backend
     if function is not None and backend == "torch" and dispatch.forced(NAME) is None:
         backend = dispatch.first_supporting(NAME, ("cpu", "triton", "reference"), request)
     if backend == "torch" or x.numel() == 0:  # nothing to compute on: PyTorch's own shortcut

@@ -270,6 +270,7 @@ def request_of(
     )
 
 
+@dispatch.entry
 def apply(
     x: Tensor,
     weight: Tensor,
@@ -290,7 +291,7 @@ def apply(
     request = request_of(x, weight, parameter, geometry, norm, saves, activation.name)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     forced = dispatch.forced(NAME)
-    backend = "torch" if transformed and forced is None else dispatch.choose(NAME, request).backend
+    backend = "torch" if transformed and forced is None else dispatch.choose(NAME, request, x, weight).backend
     if transformed and backend != "torch":
         raise RuntimeError(
             f"{NAME}: the {backend} backend has no torch.func transforms and no forward-mode gradients; "
