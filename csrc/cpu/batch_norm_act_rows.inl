@@ -268,7 +268,7 @@ void row_apply(const BatchNormActForward& a, const Plan& plan, const Tile& tile,
                const wide_t<T>* bias) {
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
   const bool streaming =
-      plan.streaming && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0 && a.y_step % 32 == 0;
+      plan.streaming && a.y != a.x && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0 && a.y_step % 32 == 0;
   const int group = streaming ? 1 : row_group<T, kShape>(channels);
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)

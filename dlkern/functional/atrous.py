@@ -14,8 +14,9 @@ from dlkern.kernels.activation import Activation
 from dlkern.ops import atrous as _atrous
 from dlkern.ops.atrous import Options, PooledMean
 
+from .arguments import Size, pair
 from .batch_norm_act import batch_norm_act
-from .conv_bn_act import Size, _check_vector, _pair, conv_act, conv_bn_act
+from .conv_bn_act import _check_vector, conv_act, conv_bn_act
 from .depthwise import depthwise_conv2d
 from .dtypes import DTYPES, check_parameter_dtype
 
@@ -161,7 +162,7 @@ def _convolved(x: Tensor, branch: ConvNorm) -> Tensor:
 
 
 def _padding(weight: Tensor, dilation: Size) -> tuple[int, int]:
-    vertical, horizontal = _pair("dilation", dilation, 1)
+    vertical, horizontal = pair("dilation", dilation, 1)
     return vertical * (weight.size(2) // 2), horizontal * (weight.size(3) // 2)
 
 
@@ -220,7 +221,7 @@ def _check_part(name: str, part: ConvNorm, x: Tensor, channels: int, *, pointwis
             raise RuntimeError(f"{name}: expected a {what} on {x.device} like x, got {value.device}")
         if value.dtype != x.dtype and (not autocast or value.dtype not in DTYPES or value.dtype == torch.float64):
             raise TypeError(f"{name}: expected a {what} of {x.dtype} like x, got {value.dtype}")
-    _pair(f"{name}: dilation", part.dilation, 1)
+    pair(f"{name}: dilation", part.dilation, 1)
     if (part.running_mean is None) != (part.running_var is None):
         raise ValueError(f"{name}: expected both of running_mean and running_var or neither, got one of them")
     parameter_dtype = None

@@ -9,7 +9,8 @@ from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference.transposed import Geometry
 from dlkern.ops import transposed as _transposed
 
-from .conv_bn_act import Size, _autocast, _check_dtypes, _check_vector, _pair
+from .arguments import Size, autocast, pair
+from .conv_bn_act import _check_dtypes, _check_vector
 from .dtypes import check_parameter_dtype
 
 
@@ -61,7 +62,7 @@ def conv_transpose_bn_act(
     """
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither, got one of them")
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     geometry = check(x, weight, bias, stride, padding, output_padding, groups, dilation)
     channels = weight.size(1) * groups
     norms = (("bn_weight", bn_weight), ("bn_bias", bn_bias), ("running_mean", running_mean),
@@ -94,7 +95,7 @@ def conv_transpose_act(
     activation: str | nn.Module | Activation = "relu",
 ) -> Tensor:
     """``activation(conv_transpose2d(x, weight, bias))``; arguments, errors as in :func:`conv_transpose_bn_act`."""
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     geometry = check(x, weight, bias, stride, padding, output_padding, groups, dilation)
     return _apply(x, weight, bias, None, None, None, None, geometry, "none", 0.0, 0.0, activation)
 
@@ -141,11 +142,11 @@ def check(
     """The geometry; ValueError, TypeError or RuntimeError where the arguments of a call do not fit together."""
     _check_dtypes(x, weight, bias, "(C, K / groups, R, S)")
     geometry = Geometry(
-        _pair("stride", stride, 1),
-        _pair("padding", padding, 0),
-        _pair("output_padding", output_padding, 0),
+        pair("stride", stride, 1),
+        pair("padding", padding, 0),
+        pair("output_padding", output_padding, 0),
         groups,
-        _pair("dilation", dilation, 1),
+        pair("dilation", dilation, 1),
     )
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups: expected a positive int, got {groups!r}")

@@ -44,6 +44,7 @@ OP = dispatch.register(
             "reference": "dlkern.kernels.reference.depthwise",
             "cpu": "dlkern.kernels.cpu.depthwise",
             "triton": "dlkern.kernels.triton.depthwise",
+            "cuda": "dlkern.kernels.cuda.depthwise",
             "numba": "dlkern.kernels.numba.depthwise",
         },
         _default_order,

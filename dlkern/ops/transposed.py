@@ -301,8 +301,9 @@ def apply(
         if norm == "none":
             return reference_activation.forward(c, activation)
         return batch_norm_act.apply(
-            c, bn_weight, bn_bias, None, running_mean, running_var, norm == "batch", momentum, eps, activation
-        )
+            c, bn_weight, bn_bias, None, running_mean, running_var, norm == "batch", momentum, eps, activation,
+            overwrite=True,
+        )  # fmt: skip
     inputs = (
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var,
         *geometry, norm, momentum, eps, *activation, saves, backend,

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .. import layout
 from ..activation import CODES, Activation
 from ..reference.batch_norm_act import Request
-from . import unavailable
-
-try:
-    from dlkern import _C
-except ImportError:  # ``supports`` says why
-    _C: ModuleType | None = None  # type: ignore[no-redef]
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from . import _C, DTYPES, address, refuses
 
 
 def supports(request: Request) -> str | None:
     """None where the extension is there and the tensors are on the CPU, else the reason in words."""
-    if request.device != "cpu":
-        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
-    reason = unavailable()
+    reason = refuses(request.device, (request.dtype, request.param_dtype))
     if reason is not None:
         return reason
-    for dtype in (request.dtype, request.param_dtype):
-        if dtype not in _DTYPES:
-            return f"the cpu backend has no kernels for {dtype}"
     if request.activation not in CODES:
         return f"the cpu backend has no activation {request.activation!r}"
     return None
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
@@ -46,8 +28,8 @@ def _parameter(tensor: Tensor | None) -> Tensor | None:
 def _param_dtype(x: Tensor, *parameters: Tensor | None) -> int:
     for p in parameters:
         if p is not None:
-            return _DTYPES[p.dtype]
-    return _DTYPES[x.dtype]
+            return DTYPES[p.dtype]
+    return DTYPES[x.dtype]
 
 
 def forward(
@@ -62,20 +44,24 @@ def forward(
     momentum: float,
     eps: float,
     activation: Activation,
+    overwrite: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd.
 
-    ``out``: where y goes, like x in shape and dtype: channels of a dense map that has more, of x's memory format.
+    Two arguments the contract has not. With ``overwrite`` y takes the memory of a dense x, by running statistics alone.
+    ``out`` is where y goes, like x in shape and dtype: channels of a dense map that has more, of x's memory format.
     """
     if running_mean is None and not batch_stats:
         raise ValueError("running statistics are needed where batch statistics are not used")
-    x = layout.dense(x)
+    given, x = x, layout.dense(x)
     view = layout.of(x)
+    y_step = view.channels * view.inner
     in_place = out is not None and layout.is_part(out, view)
-    y = out if in_place else torch.empty_like(x)
-    assert y is not None
-    y_step = layout.step(y, view) if in_place else view.channels * view.inner
+    if out is not None and in_place:
+        y, y_step = out, layout.step(out, view)
+    else:
+        y = x if overwrite and x is given and not batch_stats else torch.empty_like(x)
     channels = x.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = torch.empty(channels, dtype=wide, device=x.device)
@@ -89,15 +75,15 @@ def forward(
     mean_in, var_in = _parameter(running_mean), _parameter(running_var)
     _C.batch_norm_act_forward(
         x.data_ptr(),
-        _address(weight),
-        _address(bias),
-        _address(residual),
-        _address(mean_in),
-        _address(var_in),
+        address(weight),
+        address(bias),
+        address(residual),
+        address(mean_in),
+        address(var_in),
         y.data_ptr(),
         mean.data_ptr(),
         invstd.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         _param_dtype(x, weight, bias, mean_in),
         *view,
         batch_stats,
@@ -160,17 +146,17 @@ def backward(
     _C.batch_norm_act_backward(
         grad_y.data_ptr(),
         x.data_ptr(),
-        _address(weight),
-        _address(bias),
-        _address(residual),
-        _address(y),
+        address(weight),
+        address(bias),
+        address(residual),
+        address(y),
         mean.data_ptr(),
         invstd.data_ptr(),
-        _address(grad_x),
-        _address(grad_weight),
-        _address(grad_bias),
-        _address(grad_residual),
-        _DTYPES[x.dtype],
+        address(grad_x),
+        address(grad_weight),
+        address(grad_bias),
+        address(grad_residual),
+        DTYPES[x.dtype],
         _param_dtype(x, weight, bias),
         *view,
         batch_stats,

@@ -59,6 +59,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last(x) else torch.contiguous_format
 
 
+def gradient_as(grad_y: Tensor, x: Tensor) -> Tensor:
+    """The gradient of y as kernels read it: dense in x's memory format, no lazy negation."""
+    if grad_y.is_neg():  # a view that PyTorch negates when it is read
+        grad_y = grad_y.resolve_neg()
+    return grad_y.contiguous(memory_format=memory_format(x))
+
+
 def output_size(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: Padding, dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:

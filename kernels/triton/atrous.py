@@ -16,6 +16,7 @@ from ..activation import CODES, Activation
 from ..reference.batch_norm_act import Request, accumulate_dtype
 from . import activation as act
 from . import batch_norm_act, interpreted, tiles
+from .target import device_of
 
 _INT32_END = 2**31
 
@@ -78,7 +79,7 @@ def forward(
     view = layout.of(x)
     y = out if layout.is_part(out, view) else torch.empty_like(x)
     step = layout.step(y, view)
-    with batch_norm_act._on(x):
+    with device_of(x):
         if batch_stats:
             batch_norm_act._batch_statistics(x, running_mean, running_var, mean, invstd, momentum, eps)
             source = mean, invstd

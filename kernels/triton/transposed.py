@@ -24,6 +24,7 @@ from ..reference.transposed import Geometry, Needs, Request
 from . import batch_norm_act, gemm_plan
 from . import conv_bn_act as conv
 from . import implicit_gemm as gemm
+from .target import device_of
 
 
 def supports(request: Request) -> str | None:
@@ -73,7 +74,7 @@ def forward(
         scale = invstd if bn_weight is None else invstd * bn_weight.to(wide)
         shift = ((0.0 if bias is None else bias.to(wide)) - mean) * scale
         shift = shift if bn_bias is None else shift + bn_bias.to(wide)
-    with batch_norm_act._on(x):
+    with device_of(x):
         conv.run_input_gradient(x, weight, _convolution(geometry), c, y, scale, shift, activation)
     if normalised:
         assert c is not None
@@ -119,7 +120,7 @@ def backward(
         )  # type: ignore[arg-type]  # a module with the reference's functions
     convolution = _convolution(geometry)
     if dc is not None:
-        with batch_norm_act._on(x):
+        with device_of(x):
             if needs.x:
                 dx = conv._like(_convolved(dc, x, weight, convolution), x)
             if needs.weight:
