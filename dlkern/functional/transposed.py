@@ -35,9 +35,8 @@ def conv_transpose_bn_act(
 ) -> Tensor:
     """``activation(batch_norm(conv_transpose2d(x, weight, bias)))``.
 
-    Numbers, running statistics and memory format are those of PyTorch's own functions in a row. In inference without
-    gradients the batch norm is folded into the convolution where that is faster; in training the convolution's output
-    and the statistics are all that is kept for backward.
+    Numbers, running statistics and memory format are those of PyTorch's own functions in a row. In training the
+    convolution's output and the statistics are all that is kept for backward.
 
     Args:
         x: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16.
