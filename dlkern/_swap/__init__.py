@@ -19,7 +19,7 @@ from dlkern.kernels.reference.batch_norm_act import Request
 from dlkern.nn.conv_bn_act import FOLDED_WEIGHT
 from dlkern.ops import batch_norm_act as op
 
-from . import attention, depthwise, recurrent, runtime, transformers
+from . import atrous, attention, depthwise, recurrent, runtime, transformers
 from .batch_norm_act import KIND, is_candidate
 from .classes import SwappedSite, generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
@@ -43,19 +43,21 @@ def swap(
     when it was traced (argument kinds, attributes, module classes, hooks); where a guard fails the
     stock forward runs and ``report(model).calls.fallback`` counts it. Swapping again starts afresh.
 
-    Sites of this version, each as far as it is there: Conv2d, BatchNorm, an addition, an activation. In
+    Sites of this version, each as far as it is there: Conv2d or ConvTranspose2d, BatchNorm, an addition, an
+    activation. In
     training the convolution is called as it stands and what follows is fused; in inference without
     gradients the batch norm is folded into the convolution where that is faster. Depthwise convolutions,
     of one or two dimensions, run their own kernels, in such a site or wherever else they stand. LSTM, GRU,
-    RNN and their cells are sites, too, by exact type, and so are MultiheadAttention, torchvision's
-    ShiftedWindowAttention (both versions) and direct calls of F.scaled_dot_product_attention in a forward. A
-    transformers model with attention "sdpa" is given "dlkern" (see dlkern.integrations.transformers), and "sdpa" again
-    by ``unswap``.
+    RNN and their cells are sites, too, by exact type, and so is atrous spatial pyramid pooling as torchvision and
+    segmentation_models_pytorch have it, on top of the sites inside of it. MultiheadAttention, torchvision's
+    ShiftedWindowAttention (both versions) and direct calls of F.scaled_dot_product_attention in a forward are sites,
+    and a transformers model with attention "sdpa" is given "dlkern" (see dlkern.integrations.transformers), and "sdpa"
+    again by ``unswap``.
 
     Args:
         model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
         filter_fn: ``filter_fn(module, path) -> bool`` is asked for each site's BatchNorm, its
-            convolution where there is none, or its recurrent layer; False leaves the site.
+            convolution where there is none, its recurrent layer, or the block; False leaves the site.
         memory_format: for example torch.channels_last: the model is converted after the swap.
 
     Returns:
@@ -163,6 +165,8 @@ def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
     def kind(module: nn.Module | None) -> str:
         if attention.is_attention(module):
             return attention.KIND
+        if module is not None and atrous.is_block(module):
+            return atrous.KIND
         return recurrent.kind_of(module) or (depthwise.KIND if depthwise.is_depthwise(module) else KIND)
 
     return [Row(path, kind(modules.get(path)), "", reason) for path, reason in sorted(reasons.items())]
@@ -175,6 +179,8 @@ def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
         return attention.row(model, path, site)
     if site.kind in recurrent.KINDS:
         return recurrent.row(model, path, site)
+    if site.kind == atrous.KIND:
+        return atrous.row(model, path, site)
     modules = dict(model.named_modules())
     module = modules.get(path)
     parts = site.label.split("+")
@@ -188,7 +194,7 @@ def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
             return Row(path, site.kind, backend, reason, owner, site.label)
         norm = _norm_row(module, path, owner, site)
         return dataclasses.replace(norm, reason=f"{norm.reason}; the convolution: {backend}, {reason}")
-    if isinstance(module, nn.Conv2d):  # without a norm
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):  # without a norm
         fused = module.weight.device.type == "cpu" and not module.training
         return Row(path, site.kind, "cpu" if fused else "torch", "fused in inference on the CPU", owner, site.label)
     return _norm_row(module, path, owner, site)

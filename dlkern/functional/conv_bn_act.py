@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,9 +10,9 @@ from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference.conv_bn_act import Convolution
 from dlkern.ops import conv_bn_act as _conv_bn_act
 
+from .arguments import Size, autocast, pair
 from .dtypes import DTYPES, check_parameter_dtype
 
-Size = int | Sequence[int]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -77,7 +74,7 @@ def conv_bn_act(
     """
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither, got one of them")
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias)
     norms = (("bn_weight", bn_weight), ("bn_bias", bn_bias), ("running_mean", running_mean),
              ("running_var", running_var))  # fmt: skip
@@ -85,7 +82,7 @@ def conv_bn_act(
     for name, value in norms:
         if value is None:
             continue
-        _check_vector(name, value, weight, x)
+        _check_vector(name, value, weight.size(0), x)
         if dtype is not None and value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} like the other parameters, got {value.dtype}")
         dtype = value.dtype
@@ -116,7 +113,7 @@ def conv_act(
     ``constant_weight`` promises that this weight tensor never changes its values: in inference a backend
     may then keep a copy of it in an order of its own.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias)
     return _apply(
         x, weight, bias, None, None, residual, None, None,
@@ -146,7 +143,7 @@ def _apply(
     constant_weight: bool = False,
 ) -> Tensor:
     act = activations.resolve(activation)
-    steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
     _check_channels(x, weight, groups)
     unbatched = x.dim() == 3
     if unbatched:
@@ -176,20 +173,14 @@ def _apply(
     return y.squeeze(0) if unbatched else y
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast a convolution's arguments, other than float64 ones, are cast as conv2d's are."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
-
-
 # -------------------------------------------------------------------------------------- checks
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_dtypes(x, weight, bias, "(K, C / groups, R, S)")
+    if bias is not None:
+        _check_vector("bias", bias, weight.size(0), x)
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -197,7 +188,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() not in (3, 4):
         raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
     if weight.dim() != 4:
-        raise ValueError(f"weight: expected (K, C / groups, R, S), got shape {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected {weight_shape}, got shape {tuple(weight.shape)}")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
@@ -205,17 +196,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
         if value.device != x.device:
             raise RuntimeError(f"{name}: expected device {x.device} like x, got {value.device}")
-    if bias is not None:
-        _check_vector("bias", bias, weight, x)
 
 
-def _check_vector(name: str, value: Tensor, weight: Tensor, x: Tensor) -> None:
+def _check_vector(name: str, value: Tensor, channels: int, x: Tensor) -> None:
     if value.device != x.device:
         raise RuntimeError(f"{name}: expected device {x.device} like x, got {value.device}")
-    if tuple(value.shape) != (weight.size(0),):
+    if tuple(value.shape) != (channels,):
         raise ValueError(
-            f"{name}: expected shape ({weight.size(0)},) for a weight of {weight.size(0)} output channels, "
-            f"got {tuple(value.shape)}"
+            f"{name}: expected shape ({channels},) for a weight of {channels} output channels, got {tuple(value.shape)}"
         )
 
 
@@ -232,19 +220,6 @@ def _check_channels(x: Tensor, weight: Tensor, groups: int) -> None:
         )
 
 
-def _pair(name: str, value: Size, least: int) -> tuple[int, int]:
-    if type(value) is tuple and len(value) == 2:
-        first, second = value
-        if type(first) is int and type(second) is int and first >= least and second >= least:
-            return value  # type: ignore[return-value]
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) == 1:
-        pair = pair * 2
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name}: expected an int of at least {least} or two of them, got {value!r}")
-    return pair  # type: ignore[return-value]
-
-
 def padded(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: Size | str, dilation: tuple[int, int], mode: str
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -254,7 +229,7 @@ def padded(
         ValueError: an unknown padding string or mode, or "same" with a stride.
     """
     if mode == "zeros" and not isinstance(padding, str):
-        return x, _pair("padding", padding, 0)
+        return x, pair("padding", padding, 0)
     if mode not in PADDING_MODES:
         raise ValueError(f"padding_mode: expected one of {', '.join(PADDING_MODES)}, got {mode!r}")
     if isinstance(padding, str):
@@ -265,7 +240,7 @@ def padded(
         reach = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
         sides = [(total // 2, total - total // 2) for total in reach]  # the extra one goes right and bottom
     else:
-        sides = [(p, p) for p in _pair("padding", padding, 0)]
+        sides = [(p, p) for p in pair("padding", padding, 0)]
     if mode != "zeros":
         (top, bottom), (left, right) = sides
         return (F.pad(x, (left, right, top, bottom), mode) if any((top, bottom, left, right)) else x), (0, 0)

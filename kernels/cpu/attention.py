@@ -6,21 +6,15 @@ Backward makes the scores again from LSE; sums are added in an order of their ow
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.attention import Extras, Needs, Options, Request, accumulate_dtype, empty_output
-from . import unavailable
+from . import _C, DTYPES, address, refuses
 
-try:
-    from dlkern import _C
-except ImportError:  # ``supports`` says why
-    _C: ModuleType | None = None  # type: ignore[no-redef]
-
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+_CODES = {**DTYPES, torch.bool: 4}
 _NO_TENSOR = (0, 0, 0, 0)
 _NOTHING_ADDED = (0, 0, 1, 0, 0, 0, 0)
 _LEAST, _MOST = -(2**63), 2**63 - 1
@@ -28,14 +22,7 @@ _LEAST, _MOST = -(2**63), 2**63 - 1
 
 def supports(request: Request) -> str | None:
     """None where the extension is there, and has kernels for the request, else the reason in words."""
-    if request.device != "cpu":
-        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
-    reason = unavailable()
-    if reason is not None:
-        return reason
-    if request.dtype not in _CODES:
-        return f"the cpu backend has no kernels for {request.dtype}"
-    return None
+    return refuses(request.device, (request.dtype,))
 
 
 # ------------------------------------------------------------------------------------------ arguments
@@ -68,10 +55,6 @@ def _flat(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return None if t is None else t.to(dtype or t.dtype).resolve_neg().contiguous()
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _problem(
     query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options
 ) -> tuple[tuple[Any, ...], list[Tensor | None]]:
@@ -91,16 +74,16 @@ def _problem(
         *(_strided(t, sequences) for t in (query, key, value)),
         mask,
         bias,
-        (_address(table), 0 if table is None else table.size(1)),
+        (address(table), 0 if table is None else table.size(1)),
         (
-            _address(index),
+            address(index),
             index is not None and index.dtype == torch.int64,
             -1 if index is None or index.dim() == 2 else index.size(0) // 2,
         ),
-        _address(padding),
-        _address(lengths),
-        (_address(slopes), 1 if slopes is None else slopes.size(0)),
-        (*map(_address, ends), options.bottom_right),
+        address(padding),
+        address(lengths),
+        (address(slopes), 1 if slopes is None else slopes.size(0)),
+        (*map(address, ends), options.bottom_right),
         (
             0 if extras.seed is None else int(extras.seed),
             options.scale,
@@ -158,12 +141,12 @@ def backward(
     _C.attention_backward(
         _strided(grad_out, sequences),
         _strided(out, sequences),
-        _address(grad_lse),
+        address(grad_lse),
         lse.data_ptr(),
         *(_strided(t, sequences) for t in (dquery, dkey, dvalue)),
-        _address(dtable),
-        _address(dmask),
-        _address(dbias),
+        address(dtable),
+        address(dmask),
+        address(dbias),
         torch.get_num_threads(),
         *problem,
     )

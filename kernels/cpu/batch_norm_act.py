@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .. import layout
 from ..activation import CODES, Activation
 from ..reference.batch_norm_act import Request
-from . import unavailable
-
-try:
-    from dlkern import _C
-except ImportError:  # ``supports`` says why
-    _C: ModuleType | None = None  # type: ignore[no-redef]
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from . import _C, DTYPES, address, refuses
 
 
 def supports(request: Request) -> str | None:
     """None where the extension is there and the tensors are on the CPU, else the reason in words."""
-    if request.device != "cpu":
-        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
-    reason = unavailable()
+    reason = refuses(request.device, (request.dtype, request.param_dtype))
     if reason is not None:
         return reason
-    for dtype in (request.dtype, request.param_dtype):
-        if dtype not in _DTYPES:
-            return f"the cpu backend has no kernels for {dtype}"
     if request.activation not in CODES:
         return f"the cpu backend has no activation {request.activation!r}"
     return None
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
@@ -46,8 +28,8 @@ def _parameter(tensor: Tensor | None) -> Tensor | None:
 def _param_dtype(x: Tensor, *parameters: Tensor | None) -> int:
     for p in parameters:
         if p is not None:
-            return _DTYPES[p.dtype]
-    return _DTYPES[x.dtype]
+            return DTYPES[p.dtype]
+    return DTYPES[x.dtype]
 
 
 def forward(
@@ -62,12 +44,21 @@ def forward(
     momentum: float,
     eps: float,
     activation: Activation,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd."""
+    """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd.
+
+    ``out``: where y goes, like x in shape and dtype: channels of a dense map that has more, of x's memory format. By
+    running statistics it may be x itself.
+    """
     if running_mean is None and not batch_stats:
         raise ValueError("running statistics are needed where batch statistics are not used")
     x = layout.dense(x)
-    y = torch.empty_like(x)
+    view = layout.of(x)
+    in_place = out is not None and layout.is_part(out, view)
+    y = out if in_place else torch.empty_like(x)
+    assert y is not None
+    y_step = layout.step(y, view) if in_place else view.channels * view.inner
     channels = x.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = torch.empty(channels, dtype=wide, device=x.device)
@@ -81,28 +72,31 @@ def forward(
     mean_in, var_in = _parameter(running_mean), _parameter(running_var)
     _C.batch_norm_act_forward(
         x.data_ptr(),
-        _address(weight),
-        _address(bias),
-        _address(residual),
-        _address(mean_in),
-        _address(var_in),
+        address(weight),
+        address(bias),
+        address(residual),
+        address(mean_in),
+        address(var_in),
         y.data_ptr(),
         mean.data_ptr(),
         invstd.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         _param_dtype(x, weight, bias, mean_in),
-        *layout.of(x),
+        *view,
         batch_stats,
         momentum,
         eps,
         CODES[activation.name],
         activation.param,
+        y_step,
         torch.get_num_threads(),
     )
     if batch_stats:
         for statistic, moved in ((running_mean, mean_in), (running_var, var_in)):
             if moved is not statistic:
                 statistic.copy_(moved)
+    if out is not None and not in_place:
+        y = out.copy_(y)
     return y, mean, invstd
 
 
@@ -140,26 +134,32 @@ def backward(
     if y is not None:
         y = layout.like(y, x)
     weight, bias = _parameter(weight), _parameter(bias)
-    grad_y = layout.like(grad_y, x)
+    view = layout.of(x)
+    grad_step = view.channels * view.inner
+    if grad_y.stride() != x.stride() and layout.is_part(grad_y, view):
+        grad_step = layout.step(grad_y, view)
+    else:
+        grad_y = layout.like(grad_y, x)
     _C.batch_norm_act_backward(
         grad_y.data_ptr(),
         x.data_ptr(),
-        _address(weight),
-        _address(bias),
-        _address(residual),
-        _address(y),
+        address(weight),
+        address(bias),
+        address(residual),
+        address(y),
         mean.data_ptr(),
         invstd.data_ptr(),
-        _address(grad_x),
-        _address(grad_weight),
-        _address(grad_bias),
-        _address(grad_residual),
-        _DTYPES[x.dtype],
+        address(grad_x),
+        address(grad_weight),
+        address(grad_bias),
+        address(grad_residual),
+        DTYPES[x.dtype],
         _param_dtype(x, weight, bias),
-        *layout.of(x),
+        *view,
         batch_stats,
         CODES[activation.name],
         activation.param,
+        grad_step,
         torch.get_num_threads(),
     )
     return grad_x, grad_weight, grad_bias, grad_residual

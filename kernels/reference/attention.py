@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .batch_norm_act import accumulate_dtype
+
 #: Below so many queries or keys a call is mostly overhead.
 SHORT = 48
 
@@ -105,11 +107,6 @@ class Extras(NamedTuple):
     seed: Tensor | None = None
     cu_queries: Tensor | None = None
     cu_keys: Tensor | None = None
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which scores, softmax and sums of data of ``dtype`` are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def supports(request: Request) -> str | None:
