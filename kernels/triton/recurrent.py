@@ -71,7 +71,7 @@ def _tiles(launch: Launch, weight: Tensor) -> dict[str, Any]:
     if launch.kind == SEQUENCE:
         meta["BLOCK_H"] = launch.block_n
     else:
-        meta |= {"BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
+        meta |= {"BLOCK_N": launch.block_n, "BLOCK_K": planning.depth(launch, weight.dtype)}
     # Left alone, ptxas spills a few registers for one more program on a multiprocessor.
     limit = {"maxnreg": 255} if torch.version.hip is None else {}
     return {**meta, "num_warps": launch.num_warps, "num_stages": launch.num_stages, **limit}
