@@ -316,3 +316,11 @@ def check(case: Case, target: tuple[str, str]) -> None:
             assert result.dtype == like.dtype, f"{name}: {result.dtype}, PyTorch's {like.dtype}"
             parity.assert_parity(name, result, true, getattr(floors, name), peer=like)
     evidence.record("batch_norm_act", target[1], case.dtype)
+
+
+def double(shape: tuple[int, ...], seed: int, device: str) -> list[Tensor]:
+    """x, weight, bias and residual in float64, leaves that need gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    x, residual = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight, bias = (torch.randn(shape[1], generator=generator, dtype=torch.float64) for _ in range(2))
+    return [v.to(device).requires_grad_() for v in (x, weight + 2, bias, residual)]

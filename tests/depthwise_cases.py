@@ -29,7 +29,7 @@ from dlkern.kernels.reference.batch_norm_act import accumulate_dtype
 #: Where the tests of this module's cases run: (device, backend).
 TARGETS: list[Any] = [("cpu", "reference"), ("cpu", "cpu")]
 if HAS_CUDA:
-    TARGETS.append(pytest.param(("cuda", "reference"), marks=pytest.mark.gpu))
+    TARGETS += [pytest.param(("cuda", name), marks=pytest.mark.gpu) for name in ("reference", "cuda")]
 
 every_target = pytest.mark.parametrize("target", TARGETS, ids="-".join)
 

@@ -32,9 +32,11 @@ def record(op: str, backend: str, dtype: torch.dtype, how: str | None = None) ->
     if backend in ("torch", "reference"):
         return  # PyTorch's own kernels
     if how is None:
+        from dlkern.kernels import cuda as kernels
+
         cuda = torch.cuda.is_available()
-        # without a GPU CUDA C++ runs under the host shim alone (tests/host_shim)
-        on_host = backend == "cpu" or (backend == "cuda" and not cuda)
+        # CUDA C++ runs under the host shim (tests/host_shim) where that is put in the device's place
+        on_host = backend == "cpu" or (backend == "cuda" and kernels.forced is not None)
         how = "host-run" if on_host else "gpu" if cuda else "interpreted"
         if how == "gpu" and os.environ.get(SANITIZER_VARIABLE):
             record(op, backend, dtype, "sanitized")

@@ -128,6 +128,21 @@ def test_limits(found: Found | Failed, complaint: str) -> None:
     assert f"{found.label} sm_{found.arch}" in line
 
 
+def test_known_stack_is_of_an_older_compiler_and_no_more(
+    labels: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {" ".join(label) for label in labels}
+    for version, known in gate.KNOWN_STACK.items():
+        assert tuple(map(int, version.split("."))) < (3, 7)
+        assert {name for name, _ in known} <= names
+        assert 90 not in {arch for _, arch in known}
+    (name, arch), most = next(iter(gate.KNOWN_STACK["3.6"].items()))
+    found, job = _FINE._replace(label=name, arch=arch, shared=0), _JOB._replace(label=name, wgmma=False)
+    for version, stack, wrong in (("3.6", most, 0), ("3.6", most + 8, 1), ("3.8", most, 1)):
+        monkeypatch.setattr(gate, "TRITON", version)
+        assert len(gate.over_limits(job, found._replace(stack=stack))) == wrong
+
+
 @pytest.mark.parametrize(("before", "most"), [(24, 32), (80, 88), (128, 140), (255, 280)])
 def test_growth_of_registers(before: int, most: int) -> None:
     entry = Entry("", (1, before, 1, 1))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import parity
 import pytest
 import torch
-from batch_norm_act_cases import Case, check, data, every_target, run, spied
+from batch_norm_act_cases import Case, check, data, double, every_target, run, spied
 from conftest import EXAMPLES_TIMES, HAS_CUDA
 from guard import guarded
 from hypothesis import HealthCheck, assume, given, settings
@@ -19,6 +19,7 @@ from dlkern.functional import batch_norm_act
 from dlkern.kernels import layout
 from dlkern.kernels.activation import NAMES, Activation
 from dlkern.kernels.reference import activation as reference_activation
+from dlkern.ops import batch_norm_act as op
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -327,13 +328,6 @@ def test_strided_parameters_and_statistics(training: bool, target: tuple[str, st
         assert torch.equal(dense, strided)
 
 
-def _double(shape: tuple[int, ...], seed: int, device: str) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x, residual = (torch.randn(shape, generator=generator, dtype=F64) for _ in range(2))
-    weight, bias = (torch.randn(shape[1], generator=generator, dtype=F64) for _ in range(2))
-    return [v.to(device).requires_grad_() for v in (x, weight + 2, bias, residual)]
-
-
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, training: bool) -> Tensor:
     zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)
     return batch_norm_act(
@@ -355,7 +349,7 @@ _GRADCHECK = [
 @pytest.mark.parametrize(("activation", "training", "residual", "last"), _GRADCHECK)
 def test_gradcheck(activation: str, training: bool, residual: bool, last: bool, target: tuple[str, str]) -> None:
     device, backend = target
-    inputs = _double((2, 2, 2, 1) if last else (2, 2, 2), 3, device)
+    inputs = double((2, 2, 2, 1) if last else (2, 2, 2), 3, device)
     if last:
         inputs[0] = inputs[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     used = inputs if residual else inputs[:3]
@@ -372,7 +366,7 @@ def test_gradcheck(activation: str, training: bool, residual: bool, last: bool, 
 @pytest.mark.parametrize(("activation", "residual"), [("tanh", True), ("gelu", True), ("silu", False)])
 def test_gradgradcheck(activation: str, residual: bool, target: tuple[str, str]) -> None:
     device, backend = target
-    inputs = _double((2, 1, 2), 5, device)
+    inputs = double((2, 1, 2), 5, device)
     used = inputs if residual else inputs[:3]
 
     def function(*values: Tensor) -> Tensor:
@@ -409,6 +403,33 @@ def test_the_number_of_threads_changes_nothing(layout_name: str, shape: tuple[in
             assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 9, 7), (2, 64, 96, 96)], ids=str)  # the large one would be streamed
+def test_in_inference_an_input_that_nobody_holds_is_overwritten(
+    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
+    x, residual = (t.to(dtype).contiguous(memory_format=memory_format) for t in torch.randn(2, *shape))
+    mean, weight = torch.randn(2, shape[1], dtype=dtype)
+    var = torch.rand(shape[1]).to(dtype) + 0.5
+
+    def apply(x: Tensor, *, batch_stats: bool = False, overwrite: bool = True) -> Tensor:
+        act = Activation("relu")
+        inputs = (x, weight, None, residual, mean.clone(), var.clone(), batch_stats, 0.1, 1e-5, act)
+        with dlkern.backend("cpu"):
+            return op.apply(*inputs, overwrite=overwrite)
+
+    want = apply(x, overwrite=False)
+    for keeping in (apply(x, batch_stats=True), apply(x.detach().requires_grad_())):
+        assert keeping.data_ptr() != x.data_ptr()
+    given = x.clone(memory_format=torch.preserve_format)
+    found = apply(given)
+    assert found.data_ptr() == given.data_ptr()
+    assert torch.equal(found, want)
+    with torch.overrides.BaseTorchFunctionMode():  # one may keep what it sees
+        assert apply(x).data_ptr() != x.data_ptr()
+
+
 class _Normalising(torch.utils.data.Dataset):
     """A dataset that runs the op where its item is made."""
 
@@ -431,93 +452,6 @@ def test_works_in_a_dataloader_worker() -> None:
         assert torch.equal(mine, theirs)
 
 
-# ------------------------------------------------------------------------------ the library ops
-@every_target
-@pytest.mark.parametrize("batch_stats", [True, False])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck_forward(memory_format: torch.memory_format, batch_stats: bool, target: tuple[str, str]) -> None:
-    device, backend = target
-    x, residual = (torch.randn(2, 3, 4, 4, device=device).contiguous(memory_format=memory_format) for _ in range(2))
-    weight, bias, mean, var = (torch.rand(3, device=device) + 0.5 for _ in range(4))
-    args = (x, weight, bias, residual, mean, var, batch_stats, 0.1, 1e-5, "relu", 0.0, backend)
-    torch.library.opcheck(torch.ops.dlkern.batch_norm_act.default, args)
-    args = (x.half(), None, None, None, mean, var, batch_stats, 0.1, 1e-5, "elu", 1.0, backend)
-    torch.library.opcheck(torch.ops.dlkern.batch_norm_act.default, args)
-
-
-@every_target
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_backward(needs: tuple[bool, bool, bool], target: tuple[str, str]) -> None:
-    device, backend = target
-    x, residual, grad = (torch.randn(2, 3, 4, 4, device=device) for _ in range(3))
-    weight, bias, mean, invstd = (torch.rand(3, device=device) + 0.5 for _ in range(4))
-    args = (grad.transpose(2, 3), x, weight, bias, residual, None, mean, invstd, True, "relu", 0.0, *needs, backend)
-    torch.library.opcheck(torch.ops.dlkern.batch_norm_act_backward.default, args)
-
-
-# ---------------------------------------------------------------------------------- torch.func
-@every_target
-def test_func_grad(target: tuple[str, str]) -> None:
-    device, backend = target
-    x, weight, bias, residual = _double((2, 3, 4), 1, device)
-    running = torch.zeros(3, dtype=F64, device=device), torch.ones(3, dtype=F64, device=device)
-
-    def loss(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        y = batch_norm_act(x, *running, weight, bias.detach(), training=True, activation="silu", residual=residual)
-        return y.pow(2).sum()
-
-    with spied() as calls, dlkern.backend(backend):
-        found = torch.func.grad(loss, argnums=(0, 1, 2))(x.detach(), weight.detach(), residual.detach())
-    # torch.func.grad always asks for a gradient that can be differentiated again: PyTorch's own ops
-    assert calls == [(backend, "forward")]
-    assert running[0].abs().sum() > 0
-    with dlkern.backend("torch"):
-        wanted = torch.autograd.grad(loss(x, weight, residual), (x, weight, residual))
-    for mine, theirs in zip(found, wanted, strict=True):
-        parity.assert_parity("gradient", mine, theirs, theirs.abs() + 8.0, peer=None)
-
-
-@every_target
-def test_vmap_and_forward_mode_raise(target: tuple[str, str]) -> None:
-    device, backend = target
-    x = torch.randn(2, 3, 4, 5, device=device)
-
-    def function(x: Tensor) -> Tensor:
-        return batch_norm_act(x, None, None, training=True)
-
-    with dlkern.backend(backend):
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(function)(x)
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-            torch.func.jvp(function, (x,), (x,))
-        for needs in (False, True):
-            with (
-                torch.autograd.forward_ad.dual_level(),
-                pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"),
-            ):
-                function(torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(needs), x))
-
-
-def test_vmap_over_the_residual_alone() -> None:
-    x, residuals = torch.randn(2, 3, 4, 5), torch.randn(4, 2, 3, 4, 5)
-    with dlkern.backend("torch"):
-        mapped = torch.func.vmap(lambda r: batch_norm_act(x, None, None, residual=r))(residuals)
-        torch.testing.assert_close(mapped[2], batch_norm_act(x, None, None, residual=residuals[2]))
-
-
-def test_the_torch_backend_keeps_vmap_and_jvp() -> None:
-    x = torch.randn(2, 3, 4, 5)
-
-    def function(x: Tensor) -> Tensor:
-        return batch_norm_act(x, None, None, training=True, activation="tanh")
-
-    with dlkern.backend("torch"):
-        both = torch.func.vmap(function)(x)
-        _, tangent = torch.func.jvp(function, (x,), (torch.ones_like(x),))
-    parity.assert_parity("vmap", both[1], function(x[1].double()), torch.full_like(both[1], 8.0), peer=None)
-    assert tangent.shape == x.shape
-
-
 # -------------------------------------------------------------------------------------- layout
 def test_what_kernels_read_in_place_is_not_copied() -> None:
     x = torch.randn(2, 3, 4, 5)
@@ -528,48 +462,3 @@ def test_what_kernels_read_in_place_is_not_copied() -> None:
     assert layout.of(torch.empty(7, 3, 1, 1)) == layout.Layout(True, 7, 3, 1)
     assert layout.of(last) == layout.Layout(True, 40, 3, 1)
     assert layout.of(x) == layout.Layout(False, 2, 3, 20)
-
-
-# ----------------------------------------------------------------------------------------- gpu
-@pytest.mark.gpu
-def test_more_than_2_to_the_31_elements() -> None:
-    x = torch.empty(2, 1025, 1024, 1024, dtype=F16, device="cuda").normal_()
-    with dlkern.backend("triton"):
-        y = batch_norm_act(x, None, None, training=True, activation="identity")
-    for part in (y[0, :2], y[1, -2:]):
-        assert part.isfinite().all()
-    last = x[:, -1].float()
-    want = (last - last.mean()) / (last.var(correction=0) + 1e-5).sqrt()
-    parity.assert_parity("last channel", y[:, -1], want.double(), want.abs().double() + 1, peer=None)
-
-
-@pytest.mark.gpu
-def test_cuda_graph_replays() -> None:
-    static = torch.randn(8, 16, 14, 14, device="cuda")
-    with dlkern.backend("triton"):
-        batch_norm_act(static, None, None, training=True)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = batch_norm_act(static, None, None, training=True)
-        for _ in range(100):
-            static.normal_()
-            graph.replay()
-            assert torch.equal(y, batch_norm_act(static, None, None, training=True))
-
-
-@pytest.mark.gpu
-def test_two_streams() -> None:
-    x = torch.randn(8, 64, 56, 56, device="cuda")
-    with dlkern.backend("triton"):
-        want = batch_norm_act(x, None, None, training=True)
-        streams = [torch.cuda.Stream() for _ in range(2)]
-        torch.cuda.synchronize()
-        found = []
-        for _ in range(20):
-            for stream in streams:
-                with torch.cuda.stream(stream):
-                    found.append(batch_norm_act(x, None, None, training=True))
-        torch.cuda.synchronize()
-    for y in found:
-        assert torch.equal(y, want)

@@ -6,25 +6,22 @@ Every launch runs under several orders of its threads, with AddressSanitizer rou
 from __future__ import annotations
 
 import functools
-import struct
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from unittest import mock
 
+import cuda_host
 import host_shim
 import pytest
 import torch
 from batch_norm_act_cases import Case, check, run
-from host_shim import ShimError, Struct
+from cuda_host import HostRuntime
+from host_shim import ShimError
 from test_batch_norm_act import CASES
 from torch import Tensor
 
-from dlkern import dispatch
 from dlkern.kernels import cuda
-from dlkern.kernels.cuda import plan
+from dlkern.kernels.cuda import batch_norm_act_plan, plan
 from dlkern.kernels.cuda.plan import Launch
-
-_SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "batch_norm_act.cu"
 
 if host_shim.missing() is not None:
     pytest.skip(str(host_shim.missing()), allow_module_level=True)
@@ -32,53 +29,7 @@ if host_shim.missing() is not None:
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
-@functools.cache
-def program(dtype: torch.dtype, edits: tuple[tuple[str, str], ...] = ()) -> host_shim.Program:
-    """The kernels that serve a dtype (as NVRTC sees the source: without the host's part)."""
-    return host_shim.build(_SOURCE, tuple(plan.kernels(dtype)), ("__CUDACC_RTC__",), edits)
-
-
-class HostRuntime:
-    """Runs launches through the host shim (see ``dlkern.kernels.cuda.Runtime``), and counts kernels."""
-
-    def __init__(self, edits: tuple[tuple[str, str], ...] = ()) -> None:
-        self.edits = edits
-        self.ran: list[Launch] = []
-
-    def multiprocessors(self, device: torch.device) -> int:
-        assert device.type == "cpu"
-        return 4  # few: several blocks, and several shares of a reduction, on small tensors
-
-    def run(self, launches: Sequence[Launch], device: torch.device) -> None:
-        for launch in launches:
-            self.ran.append(launch)
-            x = launch.fields["x"]
-            assert isinstance(x, Tensor)
-            argument = Struct(plan.pack(launch.fields), dict(_pointers(launch)))
-            program(x.dtype, self.edits).launch(
-                launch.kernel, launch.grid, (launch.threads,), [argument], shared=launch.shared_bytes
-            )
-
-
-def _pointers(launch: Launch) -> Iterator[tuple[int, Tensor]]:
-    """(offset in the kernels' argument, tensor) of each pointer that is given."""
-    for i, (name, letter) in enumerate(plan.ARGS):
-        value = launch.fields.get(name)
-        if isinstance(value, Tensor):
-            assert letter == "Q", name
-            yield struct.calcsize("@" + "".join(kind for _, kind in plan.ARGS[:i])), value
-
-
-@pytest.fixture
-def runtime() -> Iterator[HostRuntime]:
-    """The cuda backend on CPU tensors."""
-    available, runtime = dispatch.unavailable, HostRuntime()
-    with (
-        mock.patch.object(cuda, "forced", runtime),
-        mock.patch.object(dispatch, "unavailable", lambda name: None if name == "cuda" else available(name)),
-        mock.patch.object(dispatch, "_choices", {}),
-    ):
-        yield runtime
+runtime = pytest.fixture(cuda_host.forced, name="runtime")
 
 
 OWN = [
@@ -105,9 +56,8 @@ OWN = [
 @pytest.mark.parametrize("case", [*OWN, *CASES], ids=str)
 def test_parity(case: Case, runtime: HostRuntime) -> None:
     check(case, ("cpu", "cuda"))
-    names = {launch.kernel.removeprefix(plan.NAMESPACE).partition("<")[0] for launch in runtime.ran}
-    assert names >= {"forward", "backward"}
-    assert ("statistics" in names) == case.batch_stats
+    assert runtime.names >= {"forward", "backward"}
+    assert ("statistics" in runtime.names) == case.batch_stats
 
 
 @pytest.mark.parametrize("dtype", plan.TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -117,7 +67,7 @@ def test_every_kernel(dtype: torch.dtype, runtime: HostRuntime) -> None:
         check(Case(shape, layout=layout, dtype=dtype, residual=layout, grad=layout), ("cpu", "cuda"))
     for channels in (16, 5):
         check(Case((3, channels, 4, 7), layout="channels_last", dtype=dtype, residual="channels_last"), ("cpu", "cuda"))
-    assert {launch.kernel for launch in runtime.ran} == set(plan.kernels(dtype))
+    assert {launch.kernel for launch in runtime.ran} == set(batch_norm_act_plan.kernels(dtype))
 
 
 def test_shares_of_a_reduction(runtime: HostRuntime) -> None:

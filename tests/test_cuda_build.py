@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import io
 import json
 import os
 import re
@@ -26,14 +27,17 @@ from hypothesis import strategies as st
 import dlkern
 from dlkern.kernels import cuda
 from dlkern.kernels.activation import Activation
-from dlkern.kernels.cuda import batch_norm_act, nvrtc, plan
+from dlkern.kernels.cuda import batch_norm_act, batch_norm_act_plan, depthwise_plan, nvrtc, plan
 from dlkern.kernels.layout import Layout
 from dlkern.kernels.reference.batch_norm_act import Request
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = list(plan.TYPES)
-#: Each dtype has four passes over two layouts with wide and with single accesses; two merges for each wide type.
-KERNELS = sorted({name for dtype in DTYPES for name in plan.kernels(dtype)})
+PLANS = {"batch_norm_act": batch_norm_act_plan, "depthwise": depthwise_plan}
+KERNELS = {op: sorted({name for dtype in DTYPES for name in made.kernels(dtype)}) for op, made in PLANS.items()}
+ALL_KERNELS = sorted(name for names in KERNELS.values() for name in names)
+
+every_op = pytest.mark.parametrize("op", PLANS)
 
 
 @functools.cache
@@ -59,39 +63,76 @@ def extension() -> Any:
     return pytest.importorskip("dlkern._C", exc_type=ImportError)
 
 
-def test_the_table_of_kernels_is_what_the_plan_can_ask_for() -> None:
-    assert len(KERNELS) == 4 * 16 + 4
-    assert all(name in plan.group(name) and set(plan.group(name)) <= set(KERNELS) for name in KERNELS)
+def test_the_table_of_kernels_is_what_the_plans_can_ask_for() -> None:
+    # each dtype has four passes over two layouts with wide and with single accesses; two merges for each wide type
+    assert len(KERNELS["batch_norm_act"]) == 4 * 16 + 4
+    # of three dtypes three sizes, each with two strides, forward twice, and one gradient of the input; any geometry
+    assert len(KERNELS["depthwise"]) == 3 * 3 * (2 * 3 + 1) + 4 * 2 * 4 + 4
+    for op, names in KERNELS.items():
+        for name in names:
+            assert nvrtc.plan_of(name) is PLANS[op]
+            assert name in PLANS[op].group(name)
+            assert set(PLANS[op].group(name)) <= set(names)
 
 
 # ------------------------------------------------------------------------------------------------ NVRTC
-def _checked(result: tuple[Any, ...]) -> Any:
-    assert int(result[0]) == 0, result[0]
-    return result[1] if len(result) > 1 else None
+def _core() -> ModuleType:
+    """cuda-core, whose names have left cuda.core.experimental."""
+    try:
+        from cuda import core
+        from cuda.core import Program  # noqa: F401
+    except ImportError:
+        core = pytest.importorskip("cuda.core.experimental", reason="NVRTC without cupy needs the package cuda-core")
+    try:
+        from cuda.bindings import nvrtc as library
+
+        library.nvrtcVersion()
+    except Exception as error:  # the packages are there and the library is not
+        pytest.skip(f"NVRTC does not load: {error}")
+    return core
+
+
+def _program_options(core: ModuleType, arch: str) -> Any:
+    """The options that kernels/cuda/nvrtc.py gives to cupy, and those that cupy adds."""
+    std, define, *folders = nvrtc.options()
+    assert std.startswith("-std=")
+    assert define.startswith("-D")
+    assert all(folder.startswith("-I") for folder in folders)
+    name, _, value = define[2:].partition("=")
+    return core.ProgramOptions(
+        arch=arch,
+        std=std.removeprefix("-std="),
+        define_macro=(name, value),
+        include_path=[folder[2:] for folder in folders],
+        device_as_default_execution_space=True,
+    )
 
 
 def _compile(names: list[str], arch: str) -> bytes:
     """The cubin of the kernels, compiled as kernels/cuda/nvrtc.py has cupy compile them."""
-    compiler = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC without cupy needs the package cuda-bindings")
+    core = _core()
+    log = io.StringIO()
+    program = core.Program(nvrtc.source(names[0]), "c++", _program_options(core, arch))
     try:
-        compiler.nvrtcVersion()
-    except Exception as error:  # the package is there and the library is not
-        pytest.skip(f"NVRTC does not load: {error}")
-    program = _checked(compiler.nvrtcCreateProgram(nvrtc.source(names[0]).encode(), b"kernels.cu", 0, [], []))
-    for name in names:
-        _checked(compiler.nvrtcAddNameExpression(program, name.encode()))
-    # cupy adds the architecture and --device-as-default-execution-space
-    options = [*nvrtc.options(), f"-arch={arch}", "--device-as-default-execution-space"]
-    (result,) = compiler.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    log = b" " * _checked(compiler.nvrtcGetProgramLogSize(program))
-    _checked(compiler.nvrtcGetProgramLog(program, log))
-    assert int(result) == 0, log.decode()
-    for name in names:
-        assert _checked(compiler.nvrtcGetLoweredName(program, name.encode()))
-    cubin = b" " * _checked(compiler.nvrtcGetCUBINSize(program))
-    _checked(compiler.nvrtcGetCUBIN(program, cubin))
-    _checked(compiler.nvrtcDestroyProgram(program))
-    return cubin
+        made = program.compile("cubin", name_expressions=names, logs=log)
+    except Exception as error:
+        raise AssertionError(f"{error}\n{log.getvalue()}") from error
+    finally:
+        program.close()
+    assert set(made.symbol_mapping) == set(names)
+    return bytes(made.code)
+
+
+def test_cuda_core_is_given_the_options_that_cupy_is() -> None:
+    core = _core()
+    made = _program_options(core, "sm_90")
+    if not hasattr(made, "as_bytes"):
+        pytest.skip("this cuda-core does not say what it gives to NVRTC")
+    given = {
+        option.decode().replace("--std", "-std").replace("--include-path=", "-I") for option in made.as_bytes("nvrtc")
+    }
+    given = {option.replace("--define-macro=", "-D") for option in given}
+    assert given == {*nvrtc.options(), "-arch=sm_90", "--device-as-default-execution-space"}
 
 
 def _cuobjdump() -> str | None:
@@ -104,13 +145,22 @@ def _cuobjdump() -> str | None:
     return None
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nvrtc_compiles_the_sources_that_cupy_is_given(dtype: torch.dtype, arch: str, tmp_path: Path) -> None:
-    names = plan.kernels(dtype)
+#: (op, dtype, architecture). nvcc's test compiles all of them for both architectures; depthwise takes its time.
+NVRTC_JOBS = [
+    (op, dtype, arch)
+    for op in PLANS
+    for dtype in DTYPES
+    for arch in ("sm_80", "sm_90")
+    if (op, arch) != ("depthwise", "sm_80") or dtype == torch.float16
+]
+
+
+@pytest.mark.parametrize(("op", "dtype", "arch"), NVRTC_JOBS, ids=["-".join(map(str, job)) for job in NVRTC_JOBS])
+def test_nvrtc_compiles_the_sources_that_cupy_is_given(op: str, dtype: torch.dtype, arch: str, tmp_path: Path) -> None:
+    names = PLANS[op].kernels(dtype)
     cubin = tmp_path / "kernels.cubin"
     cubin.write_bytes(_compile(names, arch))
-    evidence.record("batch_norm_act", "cuda", dtype, "compiled")
+    evidence.record(op, "cuda", dtype, "compiled")
     cuobjdump = _cuobjdump()
     if cuobjdump is None:
         return
@@ -156,19 +206,20 @@ def test_nvrtc_says_which_header_is_missing(monkeypatch: pytest.MonkeyPatch, tmp
 
 # ------------------------------------------------------------------------------------------------- nvcc
 @pytest.mark.slow
-def test_nvcc_spills_nothing(build_cuda: ModuleType, tmp_path: Path) -> None:
+@every_op
+def test_nvcc_spills_nothing(op: str, build_cuda: ModuleType, tmp_path: Path) -> None:
     toolkit = build_cuda.find()
     if toolkit is None:
         pytest.skip("no nvcc on the path")
     csrc = ROOT / "csrc"
-    source = csrc / "cuda" / "batch_norm_act.cu"
+    source = csrc / "cuda" / f"{op}.cu"
     command = [toolkit.nvcc, *build_cuda.FLAGS, *toolkit.gencode, f"-I{csrc}", f"-I{csrc / 'include'}", "-Xptxas=-v"]
     done = subprocess.run(
         [*command, "-c", str(source), "-o", str(tmp_path / "out.o")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(frames) == len(KERNELS) * sum(a.startswith("sm_") for a in toolkit.architectures), done.stderr
+    assert len(frames) == len(KERNELS[op]) * sum(a.startswith("sm_") for a in toolkit.architectures), done.stderr
     assert set(frames) == {("0", "0", "0")}, done.stderr
 
 
@@ -238,9 +289,9 @@ def test_the_extension_has_the_plans_kernels_or_none() -> None:
         assert info["nvcc"] is None
         assert "without CUDA kernels" in built.cuda_problem()
         with pytest.raises(RuntimeError, match="without CUDA kernels"):
-            built.cuda_launch(0, 1, 1, 32, 0, 0, 0, bytes(plan.ARGS_SIZE))
+            built.cuda_launch(0, 1, 1, 32, 0, 0, 0, bytes(batch_norm_act_plan.ARGS.size))
         return
-    assert sorted(names) == KERNELS
+    assert sorted(names) == ALL_KERNELS
     assert info["cuda_architectures"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"])
 
@@ -249,29 +300,36 @@ def test_a_launch_without_a_driver_gives_the_reason() -> None:
     built = extension()
     if not built.cuda_kernels():
         pytest.skip("dlkern._C was built without CUDA kernels (no nvcc on the path)")
-    with pytest.raises(ValueError, match=f"expected {plan.ARGS_SIZE} bytes of arguments, got 3"):
-        built.cuda_launch(0, 1, 1, 32, 0, 0, 0, b"abc")
+    for op, made in PLANS.items():
+        index = built.cuda_kernels().index(KERNELS[op][0])
+        with pytest.raises(ValueError, match=f"expected {made.ARGS.size} bytes of arguments, got 3"):
+            built.cuda_launch(index, 1, 1, 32, 0, 0, 0, b"abc")
     with pytest.raises(ValueError, match="there is no kernel 1000"):
-        built.cuda_launch(1000, 1, 1, 32, 0, 0, 0, bytes(plan.ARGS_SIZE))
+        built.cuda_launch(1000, 1, 1, 32, 0, 0, 0, bytes(depthwise_plan.ARGS.size))
     if HAS_CUDA:
         assert built.cuda_problem() == ""
         return
     assert "CUDA error" in built.cuda_problem()
-    with pytest.raises(RuntimeError, match=r"launch of dlkern::cuda::.*CUDA error \d+\); the cuda backend needs"):
-        built.cuda_launch(0, 1, 1, 32, 0, 0, 0, bytes(plan.ARGS_SIZE))
+    for op, made in PLANS.items():
+        index = built.cuda_kernels().index(KERNELS[op][0])
+        message = rf"launch of dlkern::cuda::{op}::.*CUDA error \d+\); the cuda backend needs"
+        with pytest.raises(RuntimeError, match=message):
+            built.cuda_launch(index, 1, 1, 32, 0, 0, 0, bytes(made.ARGS.size))
 
 
-def test_the_argument_is_packed_as_the_header_has_it() -> None:
-    header = (ROOT / "csrc" / "cuda" / "batch_norm_act.h").read_text()
-    (body,) = re.findall(r"struct BatchNormActArgs \{(.*?)\n\};", header, re.DOTALL)
+@every_op
+def test_the_argument_is_packed_as_the_header_has_it(op: str) -> None:
+    header, args = (ROOT / "csrc" / "cuda" / f"{op}.h").read_text(), PLANS[op].ARGS
+    ((name, body),) = re.findall(r"struct (\w+Args) \{(.*?)\n\};", header, re.DOTALL)
     letters = {"void": "Q", "long long": "q", "double": "d", "int": "i"}
     fields = []
     for kind, names in re.findall(r"(void|long long|double|int)\b([^;]*);", re.sub(r"//.*", "", body)):
         fields += [(name.strip(" *"), letters[kind]) for name in names.split(",")]
-    assert tuple(fields) == plan.ARGS
-    assert f"sizeof(BatchNormActArgs) == {plan.ARGS_SIZE}" in header
+    assert tuple(fields) == args.fields
+    assert f"sizeof({name}) == {args.size}" in header
+    assert len(args.pack({})) == args.size
     with pytest.raises(KeyError, match="has no scale"):
-        plan.pack({"scale": 1.0})
+        args.pack({"scale": 1.0})
 
 
 # ------------------------------------------------------------------------------------------ availability
@@ -346,9 +404,9 @@ def _launches() -> list[plan.Launch]:
             x, vector, vector, None, vector, vector,
             batch_stats=True, momentum=0.1, eps=1e-5, activation=Activation("relu"),
         )  # fmt: skip
-    names = [launch.kernel.removeprefix(plan.NAMESPACE) for launch in kept]
+    names = [launch.kernel.removeprefix(batch_norm_act_plan.NAMESPACE) for launch in kept]
     assert names == ["statistics<float, 4, true>", "merge_statistics<float>", "forward<float, 4, true>"]
-    assert all(launch.args == plan.pack(launch.fields) for launch in kept)
+    assert all(launch.args == batch_norm_act_plan.ARGS.pack(launch.fields) for launch in kept)
     return kept
 
 
@@ -382,7 +440,9 @@ def test_cupy_is_given_the_launches(no_device: None, monkeypatch: pytest.MonkeyP
         runtime.run(launches, torch.device("cuda", 1))
     assert seen == 2 * [(n.kernel, n.grid, (n.threads,), n.shared_bytes, n.args) for n in launches]
     assert places == 2 * [(1,), (77, 1)]
-    assert [module["name_expressions"] for module in modules] == [plan.group(n.kernel) for n in launches[:2]]
+    assert [module["name_expressions"] for module in modules] == [
+        batch_norm_act_plan.group(n.kernel) for n in launches[:2]
+    ]
     assert {module["options"] for module in modules} == {("-an-option",)}
 
 
@@ -391,11 +451,13 @@ def test_the_extension_is_given_the_launches(no_device: None, monkeypatch: pytes
     from dlkern.kernels.cuda import built
 
     seen: list[tuple[Any, ...]] = []
-    fake = types.SimpleNamespace(cuda_kernels=lambda: KERNELS, cuda_launch=lambda *arguments: seen.append(arguments))
+    fake = types.SimpleNamespace(
+        cuda_kernels=lambda: ALL_KERNELS, cuda_launch=lambda *arguments: seen.append(arguments)
+    )
     monkeypatch.setattr(built, "_C", fake)
     launches = _launches()
     built.Built().run(launches, torch.device("cuda", 1))
-    assert seen == [(KERNELS.index(n.kernel), *n.grid, n.threads, n.shared_bytes, 1, 77, n.args) for n in launches]
+    assert seen == [(ALL_KERNELS.index(n.kernel), *n.grid, n.threads, n.shared_bytes, 1, 77, n.args) for n in launches]
 
 
 # -------------------------------------------------------------------------------------------------- plan
@@ -414,8 +476,8 @@ def test_a_walk_covers_the_tensor_within_the_limits(
     multiprocessors: int,
 ) -> None:  # fmt: skip
     view = Layout(rows, outer, channels, 1 if rows else inner)
-    walk = plan.walk(view, dtype, aligned=aligned, multiprocessors=multiprocessors, reduction=reduction)
-    assert walk.kernel("forward") in KERNELS
+    walk = batch_norm_act_plan.walk(view, dtype, aligned=aligned, multiprocessors=multiprocessors, reduction=reduction)
+    assert walk.kernel("forward") in KERNELS["batch_norm_act"]
     assert walk.width == 1 or (aligned and walk.width * plan.TYPES[dtype].size == 16)
     assert (view.channels if rows else view.inner) % walk.width == 0
     # the kernels reduce by halves, and divide a block into columns
@@ -426,5 +488,5 @@ def test_a_walk_covers_the_tensor_within_the_limits(
     length = view.outer if rows else view.outer * (view.inner // walk.width)
     assert (walk.splits - 1) * walk.share < length <= walk.splits * walk.share  # no share is empty
     assert walk.share_elements == walk.share * (1 if rows else walk.width)
-    assert walk.splits <= (plan.MAX_SPLITS if reduction else 65535)
+    assert walk.splits <= (batch_norm_act_plan.MAX_SPLITS if reduction else 65535)
     assert walk.step("statistics", {}, 1).shared_bytes <= 48 * 1024

@@ -279,8 +279,8 @@ def test_statistics_of_more_shares_than_one_program_merges(most: int, monkeypatc
     monkeypatch.setattr(tiles, "_programs", lambda device: 5)
     monkeypatch.setattr(planning, "forced", PLANES[4][0])
     shares = []
-    original = triton_op._merge_statistics
-    monkeypatch.setattr(triton_op, "_merge_statistics", lambda p: shares.append(p.size(1)) or original(p))
+    original = triton_op.merge_statistics
+    monkeypatch.setattr(triton_op, "merge_statistics", lambda p: shares.append(p.size(1)) or original(p))
     case = Case((3, 1, 1, 800), (1, 1), padding=(0, 0, 0, 0), mean=30.0, statistics=True, layout="contiguous")
     check(case, TARGET)
     assert shares == [5]

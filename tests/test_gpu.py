@@ -68,7 +68,7 @@ def _depthwise(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_
 
 STEPS: dict[str, Any] = {"batch_norm_act": _norm, "conv_bn_act": _conv, "depthwise": _depthwise}
 _PAIRS = [("batch_norm_act", name) for name in BACKENDS]
-_PAIRS += [("conv_bn_act", "triton"), ("depthwise", "triton"), ("depthwise", "numba")]
+_PAIRS += [("conv_bn_act", "triton"), *(("depthwise", name) for name in BACKENDS)]
 every_op = pytest.mark.parametrize(("op", "backend"), _PAIRS, ids=[f"{op}-{name}" for op, name in _PAIRS])
 every_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 
@@ -164,6 +164,29 @@ def test_batch_norm_act_beyond_two_to_the_31_elements(backend: str, layout: torc
         for index in (0, half, shape[0] - 2):
             xhat = (x[index].double() - mean.view(-1, 1, 1)) * torch.rsqrt(square + 1e-5).view(-1, 1, 1)
             torch.testing.assert_close(y[index].double(), xhat.relu(), rtol=2e-3, atol=2e-3)
+    assert torch.isfinite(dweight).all()
+
+
+@every_layout
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_depthwise_beyond_two_to_the_31_elements(backend: str, layout: torch.memory_format) -> None:
+    """The last image is the first one again, as above."""
+    _available(backend)
+    shape = (2**31 // (64 * 1024) + 8, 64, 32, 32)
+    x = torch.empty(shape, dtype=F16, device="cuda", memory_format=layout).normal_()
+    x[-1] = x[0]
+    x.requires_grad_()
+    weight = torch.randn(64, 1, 3, 3, device="cuda", dtype=F16, requires_grad=True)
+    with dlkern.backend(depthwise=backend):
+        y = depthwise_conv2d(x, weight, None, padding=1)
+        grad = torch.empty_like(y).normal_()
+        grad[-1] = grad[0]
+        dx, dweight = torch.autograd.grad(y, (x, weight), grad)
+    assert torch.equal(y[-1], y[0])
+    assert torch.equal(dx[-1], dx[0])
+    with torch.no_grad():
+        wanted = torch.nn.functional.conv2d(x[-1:].double(), weight.double(), padding=1, groups=64)
+        torch.testing.assert_close(y[-1:].double(), wanted, rtol=2e-3, atol=2e-3)
     assert torch.isfinite(dweight).all()
 
 

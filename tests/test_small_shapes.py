@@ -122,10 +122,14 @@ DEPTHWISE_CASES = [
     _Depthwise((2, 3, 7, 6), stride=(3, 3), grad="expanded"),
     _Depthwise((2, 3, 7, 6), layout="sliced", grad="transposed"),
     _Depthwise((1, 5, 4, 4), mean=100.0, statistics=True),
+    # whole packs of channels
+    *(_Depthwise((2, 8, 9, 7), (k, k), (s, s), (k // 2,) * 4, statistics=True) for k in (3, 5, 7) for s in (1, 2)),
+    _Depthwise((1, 8, 20, 9), (31, 5), padding=(15, 15, 2, 2)),
+    _Depthwise((1, 8, 7, 9), (4, 3), (2, 3), (2, 1, 1, 1), (3, 2), statistics=True),
 ]
 
 
-@pytest.mark.parametrize("target", _targets("depthwise", "triton", "numba"))
+@pytest.mark.parametrize("target", _targets("depthwise", "triton", "cuda", "numba"))
 @pytest.mark.parametrize("case", DEPTHWISE_CASES, ids=str)
 def test_depthwise(case: Any, target: tuple[str, str]) -> None:
     reason = depthwise_cases.implementation(target[1]).supports(depthwise_cases.request(case, target[0]))
@@ -135,9 +139,10 @@ def test_depthwise(case: Any, target: tuple[str, str]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("target", _targets("depthwise", "triton", "cuda"))
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_depthwise_in_bfloat16(layout: str) -> None:
-    depthwise_cases.check(_Depthwise((2, 9, 6, 7), dtype=BF16, layout=layout, statistics=True), (_DEVICE, "triton"))
+def test_depthwise_in_bfloat16(layout: str, target: tuple[str, str]) -> None:
+    depthwise_cases.check(_Depthwise((2, 9, 6, 7), dtype=BF16, layout=layout, statistics=True), target)
 
 
 def test_there_are_twenty_shapes_of_each_op() -> None:

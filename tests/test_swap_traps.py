@@ -338,3 +338,19 @@ def test_a_residual_that_another_module_made(h: torch.Tensor) -> None:
     assert [row.path for row in dlkern.report(model).swapped] == ["bn1", "bn2", "shortcut.1", "gate.conv"]
     with dlkern.no_fallback():
         assert_same(model, plain, h)
+
+
+def test_a_convolution_output_that_somebody_keeps_is_not_overwritten(h: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    plain = copy.deepcopy(model)
+    dlkern.swap(model)
+    kept: list[torch.Tensor] = []
+    with torch.inference_mode():
+        want, c = plain(h), plain[0](h)
+        handle = model[0].register_forward_hook(lambda *found: kept.append(found[2]))
+        torch.testing.assert_close(model(h), want, rtol=2e-5, atol=2e-5)
+        handle.remove()
+        assert torch.equal(kept[0], c)
+        torch.testing.assert_close(model(h), want, rtol=2e-5, atol=2e-5)
+        assert torch.equal(kept[0], c)
+    assert dlkern.report(model).calls.fused == 2

@@ -1,4 +1,4 @@
-// The CUDA kernels as numbers and bytes: kernels/cuda/plan.py decides grids, blocks and arguments. Always compiled;
+// The CUDA kernels as numbers and bytes: the plans in kernels/cuda decide grids, blocks and arguments. Always compiled;
 // without DLKERN_CUDA_ARCHITECTURES (a list in words, set by csrc/build_cuda.py) there are no kernels, and calls say
 // so.
 #include <stdexcept>
@@ -8,6 +8,7 @@
 
 #ifdef DLKERN_CUDA_ARCHITECTURES
 #include "cuda/batch_norm_act.h"
+#include "cuda/depthwise.h"
 #include "cuda/device.h"
 #include "dlkern/batch_norm_act.h"
 #endif
@@ -26,6 +27,7 @@ struct OpKernels {
 };
 const OpKernels kOps[] = {
     {dlkern_cuda_batch_norm_act_kernel, dlkern_cuda_batch_norm_act_launch, sizeof(cuda::BatchNormActArgs)},
+    {dlkern_cuda_depthwise_kernel, dlkern_cuda_depthwise_launch, sizeof(cuda::DepthwiseArgs)},
 };
 
 [[noreturn]] void fail(int code, const std::string& what) {

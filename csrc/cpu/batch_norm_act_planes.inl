@@ -240,7 +240,7 @@ void plane_apply(const BatchNormActForward& a, const Channel& channel, Range pie
     k.x = static_cast<const T*>(a.x) + at;
     if constexpr (kResidual) k.residual = static_cast<const T*>(a.residual) + at;
     k.y = static_cast<T*>(a.y) + at;
-    k.streaming = channel.plan.streaming && whole_lines(k.y, n);
+    k.streaming = channel.plan.streaming && a.y != a.x && whole_lines(k.y, n);
     over(k, n);
   }
   if (channel.plan.streaming) finish_streaming();

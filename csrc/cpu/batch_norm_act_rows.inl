@@ -265,7 +265,8 @@ template <class T, int kShape, bool kResidual>
 void row_apply(const BatchNormActForward& a, const Plan& plan, const Tile& tile, const wide_t<T>* scale,
                const wide_t<T>* bias) {
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
-  const bool streaming = plan.streaming && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0;
+  const bool streaming =
+      plan.streaming && a.y != a.x && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0;
   const int group = streaming ? 1 : row_group<T, kShape>(channels);
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) statistics(const Args
     moments.template add<kWidth / kStride, kStride>(values);
     walk.next();
   }
-  reduce(moments, a.threads_c);
+  reduce<A>(moments, a.threads_c);
   if (walk.writes(a)) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) leave(a, walk.channel + c, moments.mean[c], moments.m2[c]);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMaxThreads) merge_statistics(const Args a) {
     all.merge(0, partial[s * a.channels], partial[(a.splits + s) * a.channels], count / total);
     all.count = total;
   }
-  reduce(all, a.threads_c);
+  reduce<A>(all, a.threads_c);
   if (first != 0 || channel >= a.channels) return;
   const A mean = load_any<A>(a.x, channel * a.inner, a.data_kind) + all.mean[0], m2 = all.m2[0], n = A(a.count);
   static_cast<A*>(a.mean)[channel] = mean;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) backward_sums(const A
   constexpr int kChannels = walk.kChannels;
   Affine<A, kChannels> affine = {};
   if (walk.left > 0) affine.set_saved(a, walk.channel);
-  Sums<A, kChannels> sums;
+  Sums<A, 2 * kChannels> sums;
   const A param = A(a.param);
   while (walk.left > 0) {
     const Chunk<T, kWidth, kRows, kPacksAtOnce<T, kWidth>> chunk(walk);
@@ -173,14 +173,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) backward_sums(const A
 #pragma unroll
     for (int i = 0; i < chunk.kCount; ++i) {
       const int c = chunk.channel(i);
-      sums.first[c] += dz[i];
-      sums.second[c] = fma_(dz[i], x[i], sums.second[c]);
+      sums.values[c] += dz[i];
+      sums.values[kChannels + c] = fma_(dz[i], x[i], sums.values[kChannels + c]);
     }
   }
-  reduce(sums, a.threads_c);
+  reduce<A>(sums, a.threads_c);
   if (walk.writes(a)) {
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) leave(a, walk.channel + c, sums.first[c], sums.second[c]);
+    for (int c = 0; c < kChannels; ++c) leave(a, walk.channel + c, sums.values[c], sums.values[kChannels + c]);
   }
 }
 
@@ -190,15 +190,15 @@ __global__ void __launch_bounds__(kMaxThreads) merge_sums(const Args a) {
   const int lane = int(threadIdx.x) % a.threads_c, first = int(threadIdx.x) / a.threads_c;
   const Index channel = Index(blockIdx.x) * a.threads_c + lane;
   const A* const partial = static_cast<const A*>(a.partial) + channel;
-  Sums<A, 1> all;
+  Sums<A, 2> all;
   for (int s = first; s < a.splits && channel < a.channels; s += int(blockDim.x) / a.threads_c) {
-    all.first[0] += partial[s * a.channels];
-    all.second[0] += partial[(a.splits + s) * a.channels];
+    all.values[0] += partial[s * a.channels];
+    all.values[1] += partial[(a.splits + s) * a.channels];
   }
-  reduce(all, a.threads_c);
+  reduce<A>(all, a.threads_c);
   if (first != 0 || channel >= a.channels) return;
   const A invstd = static_cast<const A*>(a.invstd)[channel], n = A(a.count);
-  const A dz = all.first[0], dz_xhat = all.second[0] * invstd;
+  const A dz = all.values[0], dz_xhat = all.values[1] * invstd;
   if (a.grad_weight) store_any(a.grad_weight, channel, a.grad_weight_kind, dz_xhat);
   if (a.grad_bias) store_any(a.grad_bias, channel, a.grad_bias_kind, dz);
   if (a.means) {
@@ -257,7 +257,7 @@ struct Kernel {
   void (*function)(BatchNormActArgs);
 };
 
-// kernels/cuda/plan.py asks for a kernel by this name, and so does NVRTC.
+// kernels/cuda/batch_norm_act_plan.py asks for a kernel by this name, and so does NVRTC.
 #define DLKERN_NAME(...) #__VA_ARGS__
 #define DLKERN_KERNEL(...) \
   {DLKERN_NAME(dlkern::cuda::batch_norm_act::__VA_ARGS__), dlkern::cuda::batch_norm_act::__VA_ARGS__},

@@ -1,8 +1,9 @@
-// How the kernels of batch_norm_act.cu walk through a tensor, and how a block reduces what its threads have found.
+// How the kernels of batch_norm_act.cu walk through a tensor and normalise it.
 #pragma once
 
 #include "cuda/activation.cuh"
 #include "cuda/batch_norm_act.h"
+#include "cuda/reduction.cuh"
 
 namespace dlkern::cuda::batch_norm_act {
 
@@ -95,108 +96,6 @@ struct Chunk {
   // The one of a thread's channels to which value i belongs.
   static __device__ __forceinline__ constexpr int channel(int i) { return kRows ? i % kWidth : 0; }
 };
-
-// Count, mean and centred sum of squares of kChannels channels, which have seen as many values each.
-template <class A, int kChannels>
-struct Moments {
-  A count = 0, mean[kChannels] = {}, m2[kChannels] = {};
-
-  // Channel c takes the moments of further values by Chan's formula; they are `fraction` of all with them. `count` is
-  // left to the caller.
-  __device__ __forceinline__ void merge(int c, A other_mean, A other_m2, A fraction) {
-    const A delta = other_mean - mean[c];
-    mean[c] = fma_(delta, fraction, mean[c]);
-    m2[c] += fma_(delta, delta * (count * fraction), other_m2);
-  }
-
-  // kCount values of each channel; value k of channel c is values[k * stride + c].
-  template <int kCount, int kStride, int kSize>
-  __device__ __forceinline__ void add(const A (&values)[kSize]) {
-    const A total = count + A(kCount), fraction = A(kCount) / total;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      A sum = 0, squares = 0;
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) sum += values[k * kStride + c];
-      const A centre = sum * A(1.0 / kCount);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const A d = values[k * kStride + c] - centre;
-        squares = fma_(d, d, squares);
-      }
-      merge(c, centre, squares, fraction);
-    }
-    count = total;
-  }
-};
-
-// The moments of all threads of a block that have the same channels, left in its first `threads_c` threads.
-// Shared memory: 2 * kChannels + 1 values a thread.
-template <class A, int kChannels>
-__device__ __forceinline__ void reduce(Moments<A, kChannels>& own, int threads_c) {
-  DLKERN_DYNAMIC_SHARED(bytes);
-  A* const shared = reinterpret_cast<A*>(bytes);
-  const int thread = int(threadIdx.x), threads = int(blockDim.x);
-  for (int half = threads; half >= threads_c; half /= 2) {
-    if (half < threads) {
-      __syncthreads();
-      if (thread < half) {
-        const int other = thread + half;
-        const A count = shared[2 * kChannels * threads + other];
-        if (count > A(0)) {
-          const A total = own.count + count, fraction = count / total;
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c)
-            own.merge(c, shared[c * threads + other], shared[(kChannels + c) * threads + other], fraction);
-          own.count = total;
-        }
-      }
-    }
-    if (thread < half && thread >= half / 2) {  // the next round's other half
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        shared[c * threads + thread] = own.mean[c];
-        shared[(kChannels + c) * threads + thread] = own.m2[c];
-      }
-      shared[2 * kChannels * threads + thread] = own.count;
-    }
-  }
-}
-
-// Two sums of each of kChannels channels.
-template <class A, int kChannels>
-struct Sums {
-  A first[kChannels] = {}, second[kChannels] = {};
-};
-
-// The sums of all threads of a block that have the same channels, left in its first `threads_c` threads.
-// Shared memory: 2 * kChannels values a thread.
-template <class A, int kChannels>
-__device__ __forceinline__ void reduce(Sums<A, kChannels>& own, int threads_c) {
-  DLKERN_DYNAMIC_SHARED(bytes);
-  A* const shared = reinterpret_cast<A*>(bytes);
-  const int thread = int(threadIdx.x), threads = int(blockDim.x);
-  for (int half = threads; half >= threads_c; half /= 2) {
-    if (half < threads) {
-      __syncthreads();
-      if (thread < half) {
-        const int other = thread + half;
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-          own.first[c] += shared[c * threads + other];
-          own.second[c] += shared[(kChannels + c) * threads + other];
-        }
-      }
-    }
-    if (thread < half && thread >= half / 2) {  // the next round's other half
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        shared[c * threads + thread] = own.first[c];
-        shared[(kChannels + c) * threads + thread] = own.second[c];
-      }
-    }
-  }
-}
 
 // What normalises the channels of a thread: z = (x - mean) * scale + shift with scale = invstd * weight. Forward and
 // backward round it alike, so that backward finds the same side of a kink.

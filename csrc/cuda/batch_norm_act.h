@@ -1,5 +1,5 @@
-// The one argument of every kernel of batch_norm_act.cu, and the entries of its host part. kernels/cuda/plan.py packs
-// the argument; the fields there have the same order.
+// The one argument of every kernel of batch_norm_act.cu, and the entries of its host part.
+// kernels/cuda/batch_norm_act_plan.py packs the argument; the fields there have the same order.
 #pragma once
 
 namespace dlkern::cuda {
@@ -26,7 +26,7 @@ struct BatchNormActArgs {
   int data_kind;  // of x
 };
 
-static_assert(sizeof(BatchNormActArgs) == 232, "kernels/cuda/plan.py packs 232 bytes");
+static_assert(sizeof(BatchNormActArgs) == 232, "kernels/cuda/batch_norm_act_plan.py packs 232 bytes");
 
 }  // namespace dlkern::cuda
 

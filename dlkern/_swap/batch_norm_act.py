@@ -397,6 +397,6 @@ def fits(norm: Any, x: Any, residual: Any) -> bool:
     return runtime.agree(x, like)
 
 
-def fused(norm: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
-    """The rewritten site."""
-    return layer.apply(norm, x, activation, residual)
+def fused(norm: Any, x: Tensor, residual: Tensor | None, activation: Activation, conv: Any = None) -> Tensor:
+    """The rewritten site; ``conv`` is the convolution that made x, and made it for this site alone."""
+    return layer.apply(norm, x, activation, residual, type(conv) is nn.Conv2d and runtime.unhooked(conv))

@@ -381,6 +381,7 @@ class _Body:
                 *(f"    {line}" for line in stock),
             ]
         count = ["    if _c is not None:", "        _c.fused += 1"]
+        maker = ""
         norm = "None" if site.norm is None else self.local(site.norm)
         if site.conv is not None:
             conv, x = self._module(str(site.conv.target)), self._argument(site.conv.args[0])
@@ -391,6 +392,7 @@ class _Body:
                 *count,
             ]
             word = "elif"
+            maker = f", {conv}"
         if site.norm is None:  # PyTorch's own convolution and activation: nothing to count
             return [*lines, "else:", *(f"    {line}" for line in stock)]
         why = f"{site.norm} cannot take this input"
@@ -398,7 +400,8 @@ class _Body:
         return [
             *lines,
             f"{word} {self.names.imported(rule.fits)}({norm}, {source}, {residual}):",
-            f"    {result} = {self.names.imported(rule.fused)}({norm}, {source}, {residual}, {self._activation(site)})",
+            f"    {result} = {self.names.imported(rule.fused)}"
+            f"({norm}, {source}, {residual}, {self._activation(site)}{maker})",
             *count,
             "else:",
             f"    {missed}(self, _c, 1, lambda: {why!r})",

@@ -13,8 +13,9 @@ from dlkern.kernels.reference.attention import Extras, Options
 from dlkern.ops import attention as _attention
 from dlkern.ops.library import unwatched
 
+from .arguments import autocast
 from .attention_bias import RelativePositionBias, T5Bias, check_device, check_values
-from .dtypes import DTYPES, HALF_DTYPES
+from .dtypes import DTYPES
 
 #: The largest head dimension.
 MAX_HEAD_DIM = 256
@@ -78,7 +79,7 @@ def attention(
         TypeError: no tensor, or a mix of dtypes other than above.
         RuntimeError: tensors on several devices, or a forced backend that cannot run this.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     _check_tensors(query, key, value, enable_gqa)
     _check_options(dropout_p, causal_alignment, scale, softcap)
     lead, (heads, queries, _), keys = query.shape[:-3], query.shape[-3:], key.shape[-2]
@@ -118,16 +119,6 @@ def attention(
         out = out.unflatten(0, lead) if lead else out[0]
         lse = lse if lse is None else lse.reshape(*lead, *lse.shape[1:])
     return (out, lse) if lse is not None and return_lse else out
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast all of them, other than float64 ones, are cast as SDPA's are."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    plain = (*DTYPES[:1], *HALF_DTYPES)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in plain else t for t in tensors)
 
 
 # -------------------------------------------------------------------------------------- checks

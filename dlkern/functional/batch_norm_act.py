@@ -50,6 +50,25 @@ def batch_norm_act(
         TypeError: a non-floating x, or a mix of dtypes outside the list above.
         RuntimeError: tensors on several devices, or a forced backend that cannot run this.
     """
+    return run(
+        x, running_mean, running_var, weight, bias, residual, training, momentum, eps, activations.resolve(activation)
+    )
+
+
+def run(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: Activation,
+    overwrite: bool = False,
+) -> Tensor:
+    """``batch_norm_act``; with ``overwrite`` nobody else holds x, and in inference the result may take its memory."""
     check(x, running_mean, running_var, weight, bias, residual)
     batch_stats = training or running_mean is None
     if batch_stats and x.numel() == x.shape[1]:
@@ -64,7 +83,8 @@ def batch_norm_act(
         batch_stats,
         momentum,
         eps,
-        activations.resolve(activation),
+        activation,
+        overwrite=overwrite,
     )
 
 

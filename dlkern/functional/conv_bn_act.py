@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,9 +10,9 @@ from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference.conv_bn_act import Convolution
 from dlkern.ops import conv_bn_act as _conv_bn_act
 
+from .arguments import Size, autocast, pair
 from .dtypes import DTYPES, check_parameter_dtype
 
-Size = int | Sequence[int]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -77,7 +74,7 @@ def conv_bn_act(
     """
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither, got one of them")
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias)
     norms = (("bn_weight", bn_weight), ("bn_bias", bn_bias), ("running_mean", running_mean),
              ("running_var", running_var))  # fmt: skip
@@ -116,7 +113,7 @@ def conv_act(
     ``constant_weight`` promises that this weight tensor never changes its values: in inference a backend
     may then keep a copy of it in an order of its own.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias)
     return _apply(
         x, weight, bias, None, None, residual, None, None,
@@ -146,7 +143,7 @@ def _apply(
     constant_weight: bool = False,
 ) -> Tensor:
     act = activations.resolve(activation)
-    steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
     _check_channels(x, weight, groups)
     unbatched = x.dim() == 3
     if unbatched:
@@ -174,18 +171,6 @@ def _apply(
         convolution, norm, momentum, eps, act, memory_efficient, constant_weight,
     )  # fmt: skip
     return y.squeeze(0) if unbatched else y
-
-
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast a convolution's arguments, other than float64 ones, are cast as conv2d's are."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
 # -------------------------------------------------------------------------------------- checks
@@ -232,19 +217,6 @@ def _check_channels(x: Tensor, weight: Tensor, groups: int) -> None:
         )
 
 
-def _pair(name: str, value: Size, least: int) -> tuple[int, int]:
-    if type(value) is tuple and len(value) == 2:
-        first, second = value
-        if type(first) is int and type(second) is int and first >= least and second >= least:
-            return value  # type: ignore[return-value]
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) == 1:
-        pair = pair * 2
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name}: expected an int of at least {least} or two of them, got {value!r}")
-    return pair  # type: ignore[return-value]
-
-
 def padded(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: Size | str, dilation: tuple[int, int], mode: str
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -254,7 +226,7 @@ def padded(
         ValueError: an unknown padding string or mode, or "same" with a stride.
     """
     if mode == "zeros" and not isinstance(padding, str):
-        return x, _pair("padding", padding, 0)
+        return x, pair("padding", padding, 0)
     if mode not in PADDING_MODES:
         raise ValueError(f"padding_mode: expected one of {', '.join(PADDING_MODES)}, got {mode!r}")
     if isinstance(padding, str):
@@ -265,7 +237,7 @@ def padded(
         reach = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
         sides = [(total // 2, total - total // 2) for total in reach]  # the extra one goes right and bottom
     else:
-        sides = [(p, p) for p in _pair("padding", padding, 0)]
+        sides = [(p, p) for p in pair("padding", padding, 0)]
     if mode != "zeros":
         (top, bottom), (left, right) = sides
         return (F.pad(x, (left, right, top, bottom), mode) if any((top, bottom, left, right)) else x), (0, 0)

@@ -11,7 +11,8 @@ from dlkern.kernels.activation import Activation
 from dlkern.ops import depthwise as _depthwise
 from dlkern.ops.depthwise import Geometry
 
-from .conv_bn_act import Size, _autocast, _pair, conv_act
+from .arguments import Size, autocast, pair
+from .conv_bn_act import conv_act
 from .dtypes import DTYPES
 
 
@@ -51,7 +52,7 @@ def depthwise_conv2d(
         RuntimeError: tensors on several devices, or a forced backend that cannot run this.
     """
     _check_types(x, weight, bias)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     check(x, weight, bias)
     geometry = geometry_of(weight, stride, padding, dilation)
     unbatched = x.dim() == 3
@@ -165,7 +166,7 @@ def geometry_of(weight: Tensor, stride: Size, padding: Size | str, dilation: Siz
     Raises:
         ValueError: a value that is none of theirs, or "same" with a stride.
     """
-    steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
     if not isinstance(padding, str):
         return Geometry(steps, _sides(padding), spread)
     if padding not in ("same", "valid"):
@@ -184,7 +185,7 @@ def _sides(padding: Size) -> tuple[int, int, int, int]:
         if not all(isinstance(v, int) and v >= 0 for v in padding):
             raise ValueError(f"padding: expected (top, bottom, left, right) of at least 0, got {padding!r}")
         return tuple(padding)  # type: ignore[return-value]
-    vertical, horizontal = _pair("padding", padding, 0)
+    vertical, horizontal = pair("padding", padding, 0)
     return vertical, vertical, horizontal, horizontal
 
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dlkern import activations, functional
-from dlkern.functional.batch_norm_act import check
+from dlkern import activations
+from dlkern.functional.batch_norm_act import check, run
 from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference import activation as reference_activation
 from dlkern.ops import sync_batch_norm
@@ -53,8 +53,12 @@ def begin(norm: _BatchNorm) -> State:
     return State(training, momentum, running_mean, running_var, weight, bias, tracked)
 
 
-def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor | None = None) -> Tensor:
+def apply(
+    norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor | None = None, overwrite: bool = False
+) -> Tensor:
     """What ``activation(norm(x) + residual)`` computes, by the fused op.
+
+    ``overwrite``: nobody else holds x, and in inference the result may take its memory.
 
     A SyncBatchNorm in training that has several ranks to share statistics with takes them from all of them, on the
     CPU, too, where PyTorch's own refuses to. All ranks must then make the call.
@@ -64,17 +68,18 @@ def apply(norm: _BatchNorm, x: Tensor, activation: Activation, residual: Tensor 
         return _synchronised(norm, x, activation, residual, group)
     state = begin(norm)
     try:
-        return functional.batch_norm_act(
+        return run(
             x,
             state.running_mean,
             state.running_var,
             state.weight,
             state.bias,
-            training=state.training,
-            momentum=state.momentum,
-            eps=norm.eps,
-            activation=activation,
-            residual=residual,
+            residual,
+            state.training,
+            state.momentum,
+            norm.eps,
+            activation,
+            overwrite,
         )
     except (TypeError, ValueError, RuntimeError):  # refused: nothing ran
         state.refused()

@@ -29,8 +29,6 @@ from . import batch_norm_act, depthwise_bn_act, library, recompute
 
 NAME = "conv_bn_act"
 
-#: How many times larger than the weight the output is, from which on a batch norm is folded at each call.
-_FOLDED_FROM = 4
 #: oneDNN's fused convolution costs 30 us more a call than its plain one: outputs of fewer elements do not earn that.
 _SMALL = 1 << 16
 
@@ -41,7 +39,7 @@ def _default_order(request: Request) -> Sequence[str]:
     if request.out_channels * request.pixels < _SMALL:
         return ("torch",)
     values = request.in_channels // request.groups * request.kernel[0] * request.kernel[1]
-    if request.norm == "running" and _FOLDED_FROM * values > request.pixels:
+    if request.norm == "running" and batch_norm_act.FOLDED_FROM * values > request.pixels:
         return ("torch",)  # folding, at each call, would cost as much as it spares
     return ("cpu", "torch")
 
@@ -352,7 +350,7 @@ def apply(
             return reference_activation.forward(c if residual is None else c + residual, activation)
         return batch_norm_act.apply(
             c, bn_weight, bn_bias, residual, running_mean, running_var, norm == "batch", momentum, eps, activation,
-            recompute.MemoryEfficientFunction if memory_efficient and not plain else None,
+            recompute.MemoryEfficientFunction if memory_efficient and not plain else None, overwrite=True,
         )  # fmt: skip
     inputs = (
         x, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var,

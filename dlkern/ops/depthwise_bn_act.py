@@ -24,9 +24,6 @@ from dlkern.kernels.reference.conv_bn_act import Convolution
 from . import batch_norm_act, depthwise, library, recompute
 from .depthwise import IDENTITY, Geometry
 
-#: How many times larger than the weight the output is, from which on a batch norm is folded at each call.
-_FOLDED_FROM = 4
-
 
 def choose(
     x: Tensor,
@@ -49,7 +46,7 @@ def choose(
     if dispatch.forced("conv_bn_act") is not None:
         return "torch"
     fused = IDENTITY if saves or residual or norm == "batch" else activation
-    return depthwise.choose(x, weight, geometry, fused.name, dtype)
+    return depthwise.choose(x, weight, geometry, fused.name, saves, dtype)
 
 
 def geometry_of(convolution: Convolution) -> Geometry:
@@ -101,7 +98,7 @@ def apply(
         return reference_activation.forward(c if residual is None else c + residual, activation)
     return batch_norm_act.apply(
         c, bn_weight, bn_bias, residual, running_mean, running_var, norm == "batch", momentum, eps, activation,
-        recompute.MemoryEfficientFunction if keep_less else None,
+        recompute.MemoryEfficientFunction if keep_less else None, overwrite=True,
     )  # fmt: skip
 
 
@@ -111,7 +108,7 @@ def _folds(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     if torch.compiler.is_compiling():
         return True
     batch, _, height, width = geometry.output_size(x, weight)
-    return _FOLDED_FROM * weight.size(2) * weight.size(3) <= batch * height * width
+    return batch_norm_act.FOLDED_FROM * weight.size(2) * weight.size(3) <= batch * height * width
 
 
 def _folded(

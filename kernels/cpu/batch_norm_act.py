@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .. import layout
 from ..activation import CODES, Activation
 from ..reference.batch_norm_act import Request
-from . import unavailable
-
-try:
-    from dlkern import _C
-except ImportError:  # ``supports`` says why
-    _C: ModuleType | None = None  # type: ignore[no-redef]
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from . import _C, DTYPES, address, refuses
 
 
 def supports(request: Request) -> str | None:
     """None where the extension is there and the tensors are on the CPU, else the reason in words."""
-    if request.device != "cpu":
-        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
-    reason = unavailable()
+    reason = refuses(request.device, (request.dtype, request.param_dtype))
     if reason is not None:
         return reason
-    for dtype in (request.dtype, request.param_dtype):
-        if dtype not in _DTYPES:
-            return f"the cpu backend has no kernels for {dtype}"
     if request.activation not in CODES:
         return f"the cpu backend has no activation {request.activation!r}"
     return None
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
@@ -46,8 +28,8 @@ def _parameter(tensor: Tensor | None) -> Tensor | None:
 def _param_dtype(x: Tensor, *parameters: Tensor | None) -> int:
     for p in parameters:
         if p is not None:
-            return _DTYPES[p.dtype]
-    return _DTYPES[x.dtype]
+            return DTYPES[p.dtype]
+    return DTYPES[x.dtype]
 
 
 def forward(
@@ -62,12 +44,16 @@ def forward(
     momentum: float,
     eps: float,
     activation: Activation,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd."""
+    """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd.
+
+    With ``overwrite``, which the contract has not, y takes the memory of a dense x, by running statistics alone.
+    """
     if running_mean is None and not batch_stats:
         raise ValueError("running statistics are needed where batch statistics are not used")
-    x = layout.dense(x)
-    y = torch.empty_like(x)
+    given, x = x, layout.dense(x)
+    y = x if overwrite and x is given and not batch_stats else torch.empty_like(x)
     channels = x.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = torch.empty(channels, dtype=wide, device=x.device)
@@ -81,15 +67,15 @@ def forward(
     mean_in, var_in = _parameter(running_mean), _parameter(running_var)
     _C.batch_norm_act_forward(
         x.data_ptr(),
-        _address(weight),
-        _address(bias),
-        _address(residual),
-        _address(mean_in),
-        _address(var_in),
+        address(weight),
+        address(bias),
+        address(residual),
+        address(mean_in),
+        address(var_in),
         y.data_ptr(),
         mean.data_ptr(),
         invstd.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         _param_dtype(x, weight, bias, mean_in),
         *layout.of(x),
         batch_stats,
@@ -144,17 +130,17 @@ def backward(
     _C.batch_norm_act_backward(
         grad_y.data_ptr(),
         x.data_ptr(),
-        _address(weight),
-        _address(bias),
-        _address(residual),
-        _address(y),
+        address(weight),
+        address(bias),
+        address(residual),
+        address(y),
         mean.data_ptr(),
         invstd.data_ptr(),
-        _address(grad_x),
-        _address(grad_weight),
-        _address(grad_bias),
-        _address(grad_residual),
-        _DTYPES[x.dtype],
+        address(grad_x),
+        address(grad_weight),
+        address(grad_bias),
+        address(grad_residual),
+        DTYPES[x.dtype],
         _param_dtype(x, weight, bias),
         *layout.of(x),
         batch_stats,

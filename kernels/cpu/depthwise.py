@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,27 +10,17 @@ from torch import Tensor
 from .. import layout
 from ..activation import CODES, Activation
 from ..reference.batch_norm_act import accumulate_dtype
-from ..reference.depthwise import Padding, Request, channels_last, memory_format, output_size
-from . import unavailable
+from ..reference.depthwise import Padding, Request, channels_last, gradient_as, memory_format, output_size
+from . import _C, DTYPES, address, refuses
 
-try:
-    from dlkern import _C
-except ImportError:  # ``supports`` says why
-    _C: ModuleType | None = None  # type: ignore[no-redef]
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LARGEST = 31
 
 
 def supports(request: Request) -> str | None:
     """None where the extension is there, and has kernels for the request, else the reason in words."""
-    if request.device != "cpu":
-        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
-    reason = unavailable()
+    reason = refuses(request.device, (request.dtype,))
     if reason is not None:
         return reason
-    if request.dtype not in _DTYPES:
-        return f"the cpu backend has no kernels for {request.dtype}"
     if request.activation not in CODES:
         return f"the cpu backend has no activation {request.activation!r}"
     if max(request.kernel) > _LARGEST:
@@ -48,7 +37,7 @@ def _geometry(
 ) -> tuple[Any, ...]:
     """What both functions of the extension take after the addresses."""
     return (
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         channels_last(x),
         tuple(x.shape),
         output_size(x, weight, stride, padding, dilation)[1:],
@@ -57,10 +46,6 @@ def _geometry(
         tuple(dilation),
         (padding[0], padding[2]),
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def forward(
@@ -86,10 +71,10 @@ def forward(
     _C.depthwise_forward(
         x.data_ptr(),
         weight.data_ptr(),
-        _address(bias),
+        address(bias),
         y.data_ptr(),
-        _address(mean),
-        _address(var),
+        address(mean),
+        address(var),
         *_geometry(x, weight, stride, padding, dilation),
         CODES[activation.name],
         activation.param,
@@ -114,10 +99,7 @@ def backward(
     if not (needs_x or needs_weight or needs_bias):
         return None, None, None
     x, weight = layout.dense(x), weight.contiguous()
-    memory = memory_format(x)
-    if grad_y.is_neg():
-        grad_y = grad_y.resolve_neg()
-    grad_y = grad_y.contiguous(memory_format=memory)
+    grad_y = gradient_as(grad_y, x)
     grad_x = torch.empty_like(x) if needs_x else None
     grad_weight = torch.empty_like(weight) if needs_weight else None
     grad_bias = torch.empty(weight.size(0), dtype=weight.dtype, device=weight.device) if needs_bias else None
@@ -125,9 +107,9 @@ def backward(
         grad_y.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
-        _address(grad_x),
-        _address(grad_weight),
-        _address(grad_bias),
+        address(grad_x),
+        address(grad_weight),
+        address(grad_bias),
         *_geometry(x, weight, stride, padding, dilation),
         torch.get_num_threads(),
     )

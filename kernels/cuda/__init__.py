@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from .plan import Launch
+from .plan import TYPES, Launch
 
 
 class Runtime(Protocol):
@@ -75,6 +75,23 @@ def _unavailable() -> str | None:
         f"{built}, and {cupy}; reinstall dlkern with nvcc (CUDA 12 or later) on the path, "
         f"or pip install 'dlkern[{extra}]'"
     )
+
+
+def refuses(device: str, dtypes: Sequence[torch.dtype]) -> str | None:
+    """None where kernels run on a device of type ``device`` in ``dtypes``, else the reason they do not."""
+    if forced is None:
+        if device != "cuda":
+            return f"the cuda backend takes tensors on CUDA devices, not on {device!r}"
+        reason = unavailable()
+        if reason is not None:
+            return reason
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < (8, 0):
+            return f"the cuda backend needs compute capability 8.0 or later, this device has {major}.{minor}"
+    for dtype in dtypes:
+        if dtype not in TYPES:
+            return f"the cuda backend has no kernels for {dtype}"
+    return None
 
 
 @functools.cache

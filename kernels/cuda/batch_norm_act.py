@@ -15,23 +15,15 @@ from torch import Tensor
 from .. import cuda, layout
 from ..activation import CODES, Activation
 from ..reference.batch_norm_act import Request, accumulate_dtype
+from . import batch_norm_act_plan as planning
 from . import plan
 
 
 def supports(request: Request) -> str | None:
     """None where this backend runs the request, else the reason in words."""
-    if cuda.forced is None:
-        if request.device != "cuda":
-            return f"the cuda backend takes tensors on CUDA devices, not on {request.device!r}"
-        reason = cuda.unavailable()
-        if reason is not None:
-            return reason
-        if torch.cuda.get_device_capability() < (8, 0):
-            major, minor = torch.cuda.get_device_capability()
-            return f"the cuda backend needs compute capability 8.0 or later, this device has {major}.{minor}"
-    for dtype in (request.dtype, request.param_dtype):
-        if dtype not in plan.TYPES:
-            return f"the cuda backend has no kernels for {dtype}"
+    reason = cuda.refuses(request.device, (request.dtype, request.param_dtype))
+    if reason is not None:
+        return reason
     if request.activation not in CODES:
         return f"the cuda backend has no activation {request.activation!r}"
     return None
@@ -55,8 +47,8 @@ class _Call(NamedTuple):
     aligned: bool
     multiprocessors: int
 
-    def walk(self, reduction: bool) -> plan.Walk:
-        return plan.walk(
+    def walk(self, reduction: bool) -> planning.Walk:
+        return planning.walk(
             self.view, self.dtype, aligned=self.aligned, multiprocessors=self.multiprocessors, reduction=reduction
         )
 
@@ -89,7 +81,7 @@ def _forward_steps(call: _Call, batch_stats: bool, momentum: float, eps: float) 
         return (last,), 0
     walk = call.walk(True)
     first = walk.step("statistics", numbers, 1)
-    merge = plan.merge_step("merge_statistics", call.dtype, call.view.channels, first.numbers)
+    merge = planning.merge_step("merge_statistics", call.dtype, call.view.channels, first.numbers)
     return (first, merge, last), walk.splits
 
 
@@ -104,7 +96,7 @@ def _backward_steps(
     if sums:
         walk = call.walk(True)
         first = walk.step("backward_sums", numbers, 0)
-        steps += [first, plan.merge_step("merge_sums", call.dtype, call.view.channels, first.numbers)]
+        steps += [first, planning.merge_step("merge_sums", call.dtype, call.view.channels, first.numbers)]
         splits = walk.splits
     if last:
         steps.append(call.walk(False).step("backward", numbers))
@@ -150,7 +142,7 @@ def forward(
     steps, splits = _forward_steps(call, batch_stats, momentum, eps)
     if splits:
         tensors["partial"] = mean.new_empty(2, splits, x.size(1))
-    runner.run(plan.launches(steps, tensors), x.device)
+    runner.run(planning.ARGS.launches(steps, tensors), x.device)
     if batch_stats:
         for statistic, moved in ((running_mean, moved_mean), (running_var, moved_var)):
             if statistic is not None and moved is not None and moved is not statistic:
@@ -207,5 +199,5 @@ def backward(
         tensors["partial"] = mean.new_empty(2, splits, x.size(1))
     if centred:
         tensors["means"] = mean.new_empty(2, x.size(1))
-    runner.run(plan.launches(steps, tensors), x.device)
+    runner.run(planning.ARGS.launches(steps, tensors), x.device)
     return results

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import plan
-from .plan import Launch, group
+from .plan import Launch
 
 
 def sources() -> Path:
@@ -60,10 +61,19 @@ def options() -> tuple[str, ...]:
     return ("-std=c++17", f"-DDLKERN_HEADERS=0x{key}", *(f"-I{folder}" for folder in folders))
 
 
+def op_of(kernel: str) -> str:
+    """The op of a kernel, by its full name."""
+    return kernel.split("::")[2]
+
+
 def source(kernel: str) -> str:
-    """The source file of a kernel, by its full name."""
-    op = kernel.split("::")[2]
-    return (sources() / "cuda" / f"{op}.cu").read_text()
+    """The source file of a kernel."""
+    return (sources() / "cuda" / f"{op_of(kernel)}.cu").read_text()
+
+
+def plan_of(kernel: str) -> ModuleType:
+    """The plan that asks for a kernel: <op>_plan.py."""
+    return importlib.import_module(f".{op_of(kernel)}_plan", __package__)
 
 
 class Nvrtc:
@@ -80,7 +90,7 @@ class Nvrtc:
         if kernel is None:
             import cupy
 
-            names = group(name)
+            names = plan_of(name).group(name)
             module = cupy.RawModule(code=source(name), options=options(), name_expressions=names)
             for member in names:
                 self._kernels[member, index] = module.get_function(member)
@@ -96,7 +106,7 @@ class Nvrtc:
             with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
                 for launch in launches:
                     # an array of one structure: cupy passes it by value
-                    argument = numpy.frombuffer(launch.args, dtype=f"V{plan.ARGS_SIZE}")
+                    argument = numpy.frombuffer(launch.args, dtype=f"V{len(launch.args)}")
                     kernel = self._kernel(launch.kernel, index)
                     kernel(launch.grid, (launch.threads,), (argument,), shared_mem=launch.shared_bytes)
 

@@ -23,11 +23,9 @@ from torch import Tensor
 from .. import layout
 from ..activation import Activation
 from ..reference.batch_norm_act import Request, accumulate_dtype
-from . import simulated
+from . import refuses
 from .activation import functions
 from .launch import THREADS, array, flat, on, plan, vector
-
-_DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
 # ------------------------------------------------------------------------------------------- kernels
@@ -260,17 +258,7 @@ def kernels(activation: Activation, wide: type) -> Kernels:
 # ----------------------------------------------------------------------------------------- launching
 def supports(request: Request) -> str | None:
     """None where this backend runs the request, else the reason."""
-    if simulated():
-        if request.device != "cpu":
-            return f"numba's simulator (NUMBA_ENABLE_CUDASIM=1) runs on the CPU, not on {request.device!r}"
-    elif request.device != "cuda":
-        return f"the numba backend runs on CUDA devices, not on {request.device!r}"
-    for dtype in (request.dtype, request.param_dtype):
-        if dtype == torch.bfloat16:
-            return "the numba backend has no bfloat16: NumPy, whose types describe its arrays, has none"
-        if dtype not in _DTYPES:
-            return f"the numba backend runs float32, float64 and float16, not {dtype}"
-    return None
+    return refuses(request.device, (request.dtype, request.param_dtype))
 
 
 def _kernels(x: Tensor, activation: Activation) -> Kernels:

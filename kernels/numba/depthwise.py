@@ -22,11 +22,10 @@ from ..activation import Activation
 from ..reference import depthwise as reference
 from ..reference.batch_norm_act import accumulate_dtype
 from ..reference.depthwise import Padding, Request
-from . import simulated
+from . import refuses, simulated
 from .activation import functions
 from .launch import THREADS, _programs, _stream, array, flat, on, vector
 
-_DTYPES = (torch.float32, torch.float64, torch.float16)
 _MAX_SPLITS, _MAX_BLOCKS = 64, 65535
 
 
@@ -189,15 +188,9 @@ def kernels(activation: Activation, wide: type) -> Kernels:
 # ----------------------------------------------------------------------------------------- launchers
 def supports(request: Request) -> str | None:
     """None where this backend runs the request, else the reason."""
-    if simulated():
-        if request.device != "cpu":
-            return f"numba's simulator (NUMBA_ENABLE_CUDASIM=1) runs on the CPU, not on {request.device!r}"
-    elif request.device != "cuda":
-        return f"the numba backend runs on CUDA devices, not on {request.device!r}"
-    if request.dtype == torch.bfloat16:
-        return "the numba backend has no bfloat16: NumPy, whose types describe its arrays, has none"
-    if request.dtype not in _DTYPES:
-        return f"the numba backend runs float32, float64 and float16, not {request.dtype}"
+    reason = refuses(request.device, (request.dtype,))
+    if reason is not None:
+        return reason
     if request.statistics and request.activation != "identity":
         return f"statistics are those of a convolution without activation, not with {request.activation!r}"
     return None
@@ -275,7 +268,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, None where not needed; see the reference's ``backward``."""
     x, weight = layout.dense(x), weight.contiguous()
-    grad_y = grad_y.resolve_neg().contiguous(memory_format=reference.memory_format(x))
+    grad_y = reference.gradient_as(grad_y, x)
     run, kernel, last = (
         _kernels(x, Activation("identity")),
         (weight.size(2), weight.size(3)),

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .batch_norm_act import accumulate_dtype
+
 
 class Request(NamedTuple):
     """What an implementation is asked to do; ``supports`` answers to it.
@@ -89,11 +91,6 @@ class Extras(NamedTuple):
     lengths: Tensor | None = None
     slopes: Tensor | None = None
     seed: Tensor | None = None
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which scores, softmax and sums of data of ``dtype`` are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def supports(request: Request) -> str | None:

@@ -29,7 +29,9 @@ class Request(NamedTuple):
     """What an implementation is asked to do; ``supports`` answers to it.
 
     ``device`` is a torch device type; ``channels_last`` is :func:`channels_last` of x; ``kernel``, ``stride`` and
-    ``dilation`` are (height, width); ``activation`` is "identity" in training.
+    ``dilation`` are (height, width); ``activation`` is "identity" in training. For the choice of an implementation
+    alone: ``gradients`` tells whether a backward pass follows, ``plane`` is OH * OW rounded up to a power of two, or 0
+    where it is not known (while torch.compile traces).
     """
 
     device: str
@@ -41,6 +43,8 @@ class Request(NamedTuple):
     multiplier: int
     activation: str
     statistics: bool
+    gradients: bool = False
+    plane: int = 0
 
 
 def supports(request: Request) -> str | None:
@@ -57,6 +61,13 @@ def channels_last(x: Tensor) -> bool:
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of y."""
     return torch.channels_last if channels_last(x) else torch.contiguous_format
+
+
+def gradient_as(grad_y: Tensor, x: Tensor) -> Tensor:
+    """The gradient of y as kernels read it: dense in x's memory format, no lazy negation."""
+    if grad_y.is_neg():  # a view that PyTorch negates when it is read
+        grad_y = grad_y.resolve_neg()
+    return grad_y.contiguous(memory_format=memory_format(x))
 
 
 def output_size(

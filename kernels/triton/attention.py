@@ -21,8 +21,9 @@ from ..reference.attention import Extras, Needs, Options, Request, accumulate_dt
 from . import attention_gradients as gradients
 from . import attention_kernels as kernels
 from . import attention_plan as plan
-from . import batch_norm_act, interpreted, tiles
 from . import implicit_gemm as gemm
+from . import interpreted, tiles
+from .target import ALL_REGISTERS, device_of, runs_on
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LOG2E = math.log2(math.e)
@@ -33,7 +34,7 @@ SUM_BLOCK = 1024
 
 def supports(request: Request) -> str | None:
     """None where this backend runs the request, else the reason."""
-    reason = batch_norm_act.supports(request)  # type: ignore[arg-type]  # it looks at the device alone
+    reason = runs_on(request.device)
     if reason is not None:
         return reason
     if request.dtype not in _DTYPES:
@@ -132,8 +133,7 @@ def meta(launch: plan.Launch) -> dict[str, Any]:
         "BLOCK_N": launch.block_n,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        # Left alone, ptxas spills a few registers for one more program on a multiprocessor.
-        **({"maxnreg": 255} if torch.version.hip is None else {}),
+        **ALL_REGISTERS,
     }
 
 
@@ -148,7 +148,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, extras: Extras, *, option
     packed = group > 1 and group * queries <= _MAX_PACKED
     rows, owners = (group * queries, batch * k.size(1)) if packed else (queries, batch * heads)
     numbers = _numbers(q, v, options)
-    with batch_norm_act._on(q):
+    with device_of(q):
         cost = plan.cost(extras, options, q, k, v)
         launch = plan.forward(rows, owners, cost, q.dtype, max(q.size(3), v.size(3)), q.device)
         tiles_ = triton.cdiv(rows, launch.block_m)
@@ -188,7 +188,7 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, mask, bias and table; see the reference's ``backward``."""
-    with batch_norm_act._on(query):
+    with device_of(query):
         return _Backward(grad_out, grad_lse, query, key, value, extras, out, lse, options, needs).run()
 
 

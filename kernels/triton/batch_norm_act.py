@@ -11,7 +11,6 @@ Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computi
 
 from __future__ import annotations
 
-import contextlib
 import struct
 
 import torch
@@ -23,7 +22,8 @@ from .. import layout
 from ..activation import CODES, Activation
 from ..reference.batch_norm_act import Request, accumulate_dtype
 from . import activation as act
-from . import interpreted, tiles
+from . import tiles
+from .target import device_of, runs_on, stored_dtype
 
 _MERGE_SPLITS = tl.constexpr(tiles.MAX_SPLITS)
 _MERGE_CHANNELS = tl.constexpr(8)
@@ -239,26 +239,7 @@ def _backward_kernel(
 # ---------------------------------------------------------------------------------------- launchers
 def supports(request: Request) -> str | None:
     """None where this backend runs the request, else the reason."""
-    if request.device == "cpu":
-        if interpreted():
-            return None
-        return "the triton backend runs on CUDA devices; on the CPU only in its interpreter (TRITON_INTERPRET=1)"
-    if request.device != "cuda":
-        return f"the triton backend runs on CUDA devices, not on {request.device!r}"
-    if torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        major, minor = torch.cuda.get_device_capability()
-        return f"the triton backend needs compute capability 8.0 or later, this device has {major}.{minor}"
-    return None
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _writable(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel stores for ``dtype``: the interpreter truncates to bfloat16 instead of rounding."""
-    return torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
+    return runs_on(request.device)
 
 
 def _merge_grid(channels: int) -> tuple[int]:
@@ -282,10 +263,10 @@ def forward(
     x = layout.dense(x)
     residual = None if residual is None else layout.like(residual, x)
     channels = x.size(1)
-    y = torch.empty_like(x, dtype=_writable(x.dtype))
+    y = torch.empty_like(x, dtype=stored_dtype(x.dtype))
     mean = torch.empty(channels, dtype=accumulate_dtype(x.dtype), device=x.device)
     invstd = torch.empty_like(mean)
-    with _on(x):
+    with device_of(x):
         if batch_stats:
             _batch_statistics(x, running_mean, running_var, mean, invstd, momentum, eps)
             source = mean, invstd
@@ -321,7 +302,7 @@ def _batch_statistics(
     partial = torch.empty(3, plan.splits, channels, dtype=mean.dtype, device=x.device)
     _statistics_kernel[plan.grid](x, partial, *plan.sizes, **plan.meta, **tiles.registers(x.dtype))
     running = [running_mean, running_var]
-    moved = [r if r is None else r.contiguous().to(_writable(r.dtype)) for r in running]
+    moved = [r if r is None else r.contiguous().to(stored_dtype(r.dtype)) for r in running]
     near = struct.unpack("f", struct.pack("f", momentum))[0]
     _merge_statistics_kernel[_merge_grid(channels)](
         partial, mean, invstd, *moved, near, momentum - near, count, channels, plan.splits, EPS=eps, num_warps=4
@@ -360,14 +341,14 @@ def backward(
         **tiles.registers(x.dtype, activation.name),
     }
     dx = dweight = dbias = dresidual = means = None
-    with _on(x):
+    with device_of(x):
         if needs_params or (needs_x and batch_stats):
             plan = tiles.plan(x, reduction=True)
             partial = torch.empty(2, plan.splits, channels, dtype=mean.dtype, device=x.device)
             _backward_sums_kernel[plan.grid](*tensors, partial, *plan.sizes, **options, **plan.meta)
             if needs_params:
                 kinds = [mean.dtype if v is None else v.dtype for v in (weight, bias)]
-                dweight, dbias = (torch.empty_like(mean, dtype=_writable(kind)) for kind in kinds)
+                dweight, dbias = (torch.empty_like(mean, dtype=stored_dtype(kind)) for kind in kinds)
             if needs_x and batch_stats:
                 means = torch.empty(2, channels, dtype=mean.dtype, device=x.device)
             count = x.numel() // channels
@@ -377,8 +358,8 @@ def backward(
             if dweight is not None and dbias is not None:
                 dweight, dbias = dweight.to(kinds[0]), dbias.to(kinds[1])
         if needs_x or needs_residual:
-            dx = torch.empty_like(x, dtype=_writable(x.dtype)) if needs_x else None
-            dresidual = torch.empty_like(x, dtype=_writable(x.dtype)) if needs_residual else None
+            dx = torch.empty_like(x, dtype=stored_dtype(x.dtype)) if needs_x else None
+            dresidual = torch.empty_like(x, dtype=stored_dtype(x.dtype)) if needs_residual else None
             plan = tiles.plan(x, reduction=False)
             _backward_kernel[plan.grid](*tensors, means, dx, dresidual, *plan.sizes, **options, **plan.meta)
     return (

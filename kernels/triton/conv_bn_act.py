@@ -21,6 +21,8 @@ from ..activation import CODES, Activation
 from ..reference.conv_bn_act import NORMS, Convolution, Needs, Request, accumulate_dtype
 from . import batch_norm_act, gemm_plan, interpreted, tiles
 from . import implicit_gemm as gemm
+from .statistics import condense_statistics
+from .target import device_of, runs_on
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NORM_CODES = {
@@ -28,14 +30,13 @@ _NORM_CODES = {
     "running": gemm.NORM_RUNNING.value,
     "batch": gemm.NORM_BATCH.value,
 }
-_CONDENSE_SHARES, _CONDENSE_CHANNELS = 64, 8
 _SUM_BLOCK = 1024
 _INT32_END = 2**31
 
 
 def supports(request: Request) -> str | None:
     """None where this backend runs the request, else the reason."""
-    reason = batch_norm_act.supports(request)  # type: ignore[arg-type]  # it looks at the device alone
+    reason = runs_on(request.device)
     if reason is not None:
         return reason
     if request.dtype not in _DTYPES:
@@ -133,7 +134,7 @@ def forward(
         mean = torch.empty(shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
         invstd = torch.empty_like(mean)
     options = {"EPS": eps, "CODE": CODES[activation.name], "PARAM": activation.param}
-    with batch_norm_act._on(x):
+    with device_of(x):
         rows, columns, depth = shape[0] * shape[2] * shape[3], shape[1] // convolution.groups, weight.size(1)
         mode = gemm_plan.mode(weight, convolution, depth)
         launch = gemm_plan.choose(rows, columns, convolution.groups, x.dtype, mode, x.device)
@@ -177,15 +178,8 @@ def _merge_statistics(
     count: int,
 ) -> None:
     """Fill mean and invstd from partial [3, shares, channels] and move the running statistics."""
+    partial = condense_statistics(partial)
     _, shares, channels = partial.shape
-    if shares > tiles.MAX_SPLITS:
-        per_split = triton.cdiv(shares, tiles.MAX_SPLITS)
-        splits = triton.cdiv(shares, per_split)
-        condensed = torch.empty(3, splits, channels, dtype=partial.dtype, device=partial.device)
-        gemm.condense_statistics_kernel[(triton.cdiv(channels, _CONDENSE_CHANNELS), splits)](
-            partial, condensed, channels, shares, per_split, BLOCK_S=_CONDENSE_SHARES, BLOCK_C=_CONDENSE_CHANNELS
-        )
-        partial, shares = condensed, splits
     moved = [r if r is None else r.contiguous() for r in (running_mean, running_var)]
     near = struct.unpack("f", struct.pack("f", momentum))[0]
     batch_norm_act._merge_statistics_kernel[batch_norm_act._merge_grid(channels)](
@@ -240,7 +234,7 @@ def backward(
             needs_params=needs.norm,
             needs_residual=needs.residual,
         )
-    with batch_norm_act._on(x):
+    with device_of(x):
         if needs.x:
             dx = _like(_input_gradient(dc, x, weight, convolution), x)
         if needs.weight:

@@ -19,21 +19,21 @@ from ..activation import CODES, Activation
 from ..reference import depthwise as reference
 from ..reference.batch_norm_act import accumulate_dtype
 from ..reference.depthwise import Padding, Request
-from . import batch_norm_act, implicit_gemm, interpreted, tiles
 from . import depthwise_kernels as kernels
 from . import depthwise_plan as planning
 from . import depthwise_weight_kernels as weight_kernels
-from .batch_norm_act import _writable
+from . import interpreted
 from .depthwise_plan import Geometry
+from .statistics import merge_statistics
+from .target import device_of, runs_on, stored_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CONDENSE_SHARES, _CONDENSE_CHANNELS = 64, 8
 _MERGE_SHARES, _MERGE_CHANNELS = 32, 32
 
 
 def supports(request: Request) -> str | None:
     """None where this backend runs the request, else the reason."""
-    reason = batch_norm_act.supports(request)  # type: ignore[arg-type]  # it looks at the device alone
+    reason = runs_on(request.device)
     if reason is not None:
         return reason
     if request.dtype not in _DTYPES:
@@ -78,37 +78,24 @@ def forward(
     if min(*x.shape, *shape) < 1:
         raise ValueError(f"the triton backend has nothing to convolve from {tuple(x.shape)} to {shape}")
     g, channels_last = _geometry(x, weight, stride, padding, dilation), reference.channels_last(x)
-    y = torch.empty(shape, dtype=_writable(x.dtype), device=x.device, memory_format=reference.memory_format(x))
+    y = torch.empty(shape, dtype=stored_dtype(x.dtype), device=x.device, memory_format=reference.memory_format(x))
     launch = planning.choose(shape[1], _taps(g, g.window), x.itemsize, channels_last)
     plan = planning.plan(launch, shape[0], shape[2], shape[3], shape[1], x.device, window=g.window)
     partial = None
     if statistics:
         partial = torch.empty(3, plan.splits, shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
     int64 = planning.needs_int64(g, launch, x, y)
-    with batch_norm_act._on(x):
+    with device_of(x):
         kernels.forward_kernel[plan.grid](
             x, weight, bias, y, partial, *plan.sizes, x.size(2), x.size(3), x.size(1), shape[2], shape[3],
             *stride, *dilation, padding[0], padding[2],
             CODE=CODES[activation.name], PARAM=activation.param, WINDOW=g.window,
             STRIDE_H=stride[0] if g.window else 1, **planning.meta(g, launch, x.dtype, channels_last, int64),
         )  # fmt: skip
-        mean, variance = (None, None) if partial is None else _merge_statistics(partial)
-    return y.to(x.dtype), mean, variance
-
-
-def _merge_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from partial [3, shares, channels]."""
-    while partial.size(1) > 1:
-        _, shares, channels = partial.shape
-        per_split = triton.cdiv(shares, tiles.MAX_SPLITS) if shares > tiles.MAX_SPLITS else shares
-        splits = triton.cdiv(shares, per_split)
-        condensed = torch.empty(3, splits, channels, dtype=partial.dtype, device=partial.device)
-        implicit_gemm.condense_statistics_kernel[(triton.cdiv(channels, _CONDENSE_CHANNELS), splits)](
-            partial, condensed, channels, shares, per_split, BLOCK_S=_CONDENSE_SHARES, BLOCK_C=_CONDENSE_CHANNELS
-        )
-        partial = condensed
-    count, mean, m2 = partial[:, 0].unbind()
-    return mean, m2 / count
+        if partial is None:
+            return y.to(x.dtype), None, None
+        count, mean, m2 = merge_statistics(partial).unbind()
+    return y.to(x.dtype), mean, m2 / count
 
 
 # ----------------------------------------------------------------------------------------- backward
@@ -126,12 +113,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, None where not needed; see the reference's ``backward``."""
     x, weight = layout.dense(x), weight.contiguous()
-    if grad_y.is_neg():  # a view that PyTorch negates when it is read
-        grad_y = grad_y.resolve_neg()
-    grad_y = grad_y.contiguous(memory_format=reference.memory_format(x))
+    grad_y = reference.gradient_as(grad_y, x)
     g = _geometry(x, weight, stride, padding, dilation)
     dx = dweight = dbias = None
-    with batch_norm_act._on(x):
+    with device_of(x):
         if needs_x:
             dx = _input_gradient(grad_y, x, weight, g).to(x.dtype)
         if needs_weight:
@@ -144,7 +129,7 @@ def backward(
 def _input_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     channels_last, window = reference.channels_last(x), g.gradient_window
     batch, channels, height, width = x.shape
-    dx = torch.empty_like(x, dtype=_writable(x.dtype))
+    dx = torch.empty_like(x, dtype=stored_dtype(x.dtype))
     taps, (top, _, left, _) = _taps(g, window), g.padding
     launch = planning.choose(channels, taps, x.itemsize, channels_last)
     rows, columns, first = height, width, (0, 0)
@@ -196,8 +181,8 @@ def _weight_gradient(
             grad_y, x, partial, out[0], *sizes, *g.stride, *g.dilation, g.padding[0], g.padding[2],
             COLUMNS=columns, **meta,
         )  # fmt: skip
-    dweight = torch.empty(weight.shape, dtype=_writable(weight.dtype), device=x.device)
-    dbias = torch.empty(out[1], dtype=_writable(weight.dtype), device=x.device) if bias else None
+    dweight = torch.empty(weight.shape, dtype=stored_dtype(weight.dtype), device=x.device)
+    dbias = torch.empty(out[1], dtype=stored_dtype(weight.dtype), device=x.device) if bias else None
     weight_kernels.merge_weight_gradient_kernel[(triton.cdiv(out[1], _MERGE_CHANNELS), taps + bias)](
         partial, dweight, dbias, out[1], splits, TAPS=taps, BLOCK_S=_MERGE_SHARES, BLOCK_C=_MERGE_CHANNELS, num_warps=4
     )

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import interpreted, tiles
+from .target import ALL_REGISTERS
 
 _INT32_END = 2**31
 #: Taps of at most this many rows and columns stay in registers.
@@ -164,6 +165,5 @@ def meta(geometry: Geometry, launch: Launch, dtype: torch.dtype, channels_last: 
         "BLOCK_P": launch.block_p,
         "BLOCK_C": launch.block_c,
         "num_warps": launch.num_warps,
-        # Left alone, ptxas spills a few registers for one more program on a multiprocessor.
-        **({"maxnreg": 255} if torch.version.hip is None else {}),
+        **ALL_REGISTERS,
     }

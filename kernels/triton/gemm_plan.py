@@ -12,6 +12,7 @@ from torch import Tensor
 from ..reference.conv_bn_act import Convolution
 from . import implicit_gemm as gemm
 from . import interpreted, tiles
+from .target import ALL_REGISTERS
 
 _INT32_END = 2**31
 #: More taps than these are not unrolled: 25 took half a minute to compile.
@@ -142,8 +143,7 @@ def meta(
         "BLOCK_K": block_k,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        # Left alone, ptxas spills a few registers for one more program on a multiprocessor.
-        **({"maxnreg": 255} if torch.version.hip is None else {}),
+        **ALL_REGISTERS,
     }
 
 

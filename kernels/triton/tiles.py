@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import layout
 from . import interpreted
+from .target import ALL_REGISTERS
 
 #: What one program of a reduction leaves is merged by one program: at most this many shares.
 MAX_SPLITS = 128
@@ -53,9 +54,7 @@ def registers(dtype: torch.dtype, activation: str = "identity") -> dict[str, int
     activations, in which nothing is, are left alone.
     """
     straight = activation in ("identity", "relu", "relu6", "leaky_relu")
-    if torch.version.hip is not None or (straight and dtype != torch.float64):
-        return {}
-    return {"maxnreg": 255}
+    return {} if straight and dtype != torch.float64 else ALL_REGISTERS
 
 
 class Plan(NamedTuple):

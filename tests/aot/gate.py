@@ -23,6 +23,18 @@ SUBSET = 160
 
 Pair = tuple[str, int]
 
+#: Bytes of stack that an older compiler takes where Triton 3.8 takes none from the same code, by Triton's version. No
+#: more than these, and none on sm_90; a newer version has no entries: there a spill is mended in the kernel.
+KNOWN_STACK: dict[str, dict[Pair, int]] = {
+    "3.6": {
+        ("batch_norm_act _backward_sums_kernel planes 128x16x4 fp16/fp32 identity residual round", 120): 8,
+        ("batch_norm_act _backward_sums_kernel planes 8x256x4 bf16/bf16 identity residual round", 100): 8,
+        ("conv_bn_act forward_kernel pointwise 128x128x64x8x3 fp16 norm-batch identity c unit", 100): 72,
+        ("conv_bn_act forward_kernel taps 128x128x64x8x3 fp16 norm-batch identity bias c unit", 100): 56,
+        ("conv_bn_act input_gradient_kernel flat 64x64x64x4x3 tf32", 80): 8,
+    }
+}
+
 
 class Entry(NamedTuple):
     """What the table has of a job: its hash, and registers in the order of ARCHITECTURES (None: not one of its own)."""
@@ -65,8 +77,9 @@ def over_limits(job: Job, found: Found | Failed) -> list[str]:
     if isinstance(found, Failed):
         return [f"{where}: does not compile ({found.reason})"]
     wrong = []
-    if found.stack or found.local:
-        wrong.append(f"{where}: spills ({found.stack} bytes of stack, {found.local} of local memory; expected 0)")
+    known = KNOWN_STACK.get(TRITON, {}).get((found.label, found.arch), 0)
+    if found.stack > known or found.local:
+        wrong.append(f"{where}: spills ({found.stack} bytes of stack, {found.local} of local memory; expected {known})")
     if found.shared > MAX_SHARED[found.arch]:
         wrong.append(f"{where}: {found.shared} bytes of shared memory, at most {MAX_SHARED[found.arch]} are there")
     if found.tensor_memory > MAX_TENSOR_MEMORY:

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from dlkern.kernels.activation import CODES
-from dlkern.kernels.triton import conv_bn_act, gemm_plan
+from dlkern.kernels.triton import conv_bn_act, gemm_plan, statistics
 from dlkern.kernels.triton import implicit_gemm as gemm
 from dlkern.kernels.triton.gemm_plan import Launch
 
@@ -111,7 +111,7 @@ def _sums() -> Iterator[Job]:
     """What follows a product: statistics condensed, shares of a weight gradient added."""
     options = {"num_warps": 4}
     for wide in ("fp32", "fp64"):
-        blocks = {"BLOCK_S": conv_bn_act._CONDENSE_SHARES, "BLOCK_C": conv_bn_act._CONDENSE_CHANNELS}
+        blocks = {"BLOCK_S": statistics.BLOCK_SHARES, "BLOCK_C": statistics.BLOCK_CHANNELS}
         signature = {
             **dict.fromkeys(("partial", "out"), f"*{wide}"),
             **dict.fromkeys(("channels", "shares", "shares_per_split"), "i32"),
