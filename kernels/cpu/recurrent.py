@@ -6,8 +6,6 @@ them is one call.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -16,12 +14,7 @@ from ..reference import recurrent as reference
 from ..reference import recurrent_variants as variants
 from ..reference.recurrent import Forward, Gradients, Kept, Needs, Request
 from ..reference.recurrent_variants import PLAIN, Extras
-from . import unavailable
-
-try:
-    from dlkern import _C
-except ImportError:  # ``supports`` says why
-    _C: ModuleType | None = None  # type: ignore[no-redef]
+from . import _C, address, unavailable
 
 #: csrc's cell of a family and its activation (csrc/include/dlkern/recurrent.h).
 _CELLS = {("lstm", "tanh"): 0, ("gru", "tanh"): 1, ("rnn", "tanh"): 2, ("rnn", "relu"): 3}
@@ -42,10 +35,6 @@ def supports(request: Request) -> str | None:
     if request.dtype not in _DTYPES:
         return f"the cpu backend computes recurrent layers in float32 and float64, not in {request.dtype}"
     return unavailable()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -75,7 +64,7 @@ def _variant(
     """csrc's RecurrentVariant; the tensors have to outlive the call."""
     (code, param), (recurrent_code, recurrent_param) = map(_function, functions)
     tensors = (*extras, normal, inverse, grad_cells, grad_product, grad_normal, work)
-    return code, recurrent_code, param, recurrent_param, *map(_address, tensors)
+    return code, recurrent_code, param, recurrent_param, *map(address, tensors)
 
 
 def _is_plain(family: str, activation: str, recurrent_activation: str, extras: Extras) -> bool:
@@ -154,22 +143,22 @@ def forward(
         x.size(-1),
         hidden,
         outputs,
-        _address(batch_sizes),
+        address(batch_sizes),
         reverse,
         x.data_ptr() if in_loop else 0,
-        _address(weight_ih),
-        _address(bias_ih),
+        address(weight_ih),
+        address(bias_ih),
         weight_hh.data_ptr(),
-        _address(bias_hh),
-        _address(weight_hr),
-        _address(h0),
-        _address(c0),
-        _address(gates),
-        _address(cells),
-        _address(extra),
+        address(bias_hh),
+        address(weight_hr),
+        address(h0),
+        address(c0),
+        address(gates),
+        address(cells),
+        address(extra),
         output.data_ptr(),
         h_n.data_ptr(),
-        _address(c_n),
+        address(c_n),
         saves,
         torch.get_num_threads(),
         variant,
@@ -246,23 +235,23 @@ def backward(
         x.size(-1),
         hidden,
         outputs,
-        _address(batch_sizes),
+        address(batch_sizes),
         reverse,
-        _address(grad_output),
+        address(grad_output),
         weight_hh.data_ptr(),
-        _address(weight_hr),
+        address(weight_hr),
         transposed,
-        _address(h0),
-        _address(c0),
+        address(h0),
+        address(c0),
         output.data_ptr(),
-        _address(gates),
-        _address(cells),
-        _address(extra),
+        address(gates),
+        address(cells),
+        address(extra),
         grad_h.data_ptr(),
-        _address(grad_c),
+        address(grad_c),
         grad_gates.data_ptr(),
-        _address(grad_extra),
-        _address(scratch),
+        address(grad_extra),
+        address(scratch),
         torch.get_num_threads(),
         variant,
     )
