@@ -106,6 +106,8 @@ def test_the_choice() -> None:
         assert dispatch.choose(op, usual._replace(packed=True)).backend == "cpu"
         assert dispatch.choose(op, usual._replace(cell=True, few=True)).backend == "torch"
         assert dispatch.choose(op, usual._replace(cell=True, few=True, training=False)).backend == "cpu"
+        assert dispatch.choose(op, usual._replace(variant=True)).backend == "cpu"
+        assert dispatch.choose(op, usual._replace(variant=True, device="cuda")).backend == "torch"
     assert dispatch.choose("lstm", usual).backend == "torch"
     assert dispatch.choose("gru", usual).backend == "cpu"
     assert dispatch.choose("lstm", usual._replace(projected=True)).backend == "cpu"

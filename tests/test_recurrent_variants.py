@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recurrent_cases import every_backend
 from recurrent_variant_cases import F64, Case, call, check, drawn
 from torch import Tensor, nn
@@ -16,10 +19,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import dlkern
 import dlkern.nn
 from dlkern import functional
+from dlkern.kernels.cpu import unavailable
 from dlkern.kernels.reference.recurrent_variants import ACTIVATIONS
 
 OPS = ("lstm", "gru", "rnn")
 every_op = pytest.mark.parametrize("op", OPS)
+needs_extension = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
 def _options(**options: Any) -> tuple[tuple[str, Any], ...]:
@@ -120,6 +125,62 @@ def test_gradgradcheck(op: str, backend: str) -> None:
     run, inputs = _function(op, True)
     with dlkern.backend(backend):
         assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+# ------------------------------------------------------------------------------- the cpu kernels
+@needs_extension
+@pytest.mark.parametrize("isa", ["portable", "best"])
+@pytest.mark.parametrize("case", [c for c in CASES if len(c.options) > 2], ids=str)
+def test_instruction_sets(case: Case, isa: str) -> None:
+    from dlkern import _C
+
+    _C.set_isa(isa)
+    try:
+        check(case, "cpu")
+    finally:
+        _C.set_isa("best")
+
+
+@needs_extension
+@every_op
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_number_of_threads_changes_no_bit(op: str, packed: bool) -> None:
+    case = Case(op, _smooth(op), batch=5, hidden=150, packed=packed, bidirectional=True)
+    found = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of torch's own products the order may depend on it
+    try:
+        for count in (1, 2, 3, 7):
+            torch.manual_seed(2)
+            with mock.patch.object(torch, "get_num_threads", return_value=count), dlkern.backend("cpu"):
+                found.append(call(case, case.module()))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+@needs_extension
+@settings(max_examples=20)
+@given(
+    op=st.sampled_from(OPS),
+    steps=st.integers(1, 6),
+    batch=st.integers(1, 9),
+    hidden=st.integers(1, 41),
+    packed=st.booleans(),
+    bidirectional=st.booleans(),
+    chosen=st.integers(0, 63),
+)
+def test_any_size(op: str, steps: int, batch: int, hidden: int, packed: bool, bidirectional: bool, chosen: int) -> None:
+    options = tuple(option for i, option in enumerate(_smooth(op)) if chosen >> i & 1)
+    case = Case(op, options, steps, batch, 3, hidden, packed=packed, bidirectional=bidirectional, dtype=F64)
+    found = []
+    for backend in ("cpu", "torch"):
+        torch.manual_seed(2)
+        with dlkern.backend(backend):
+            found.append(call(case, case.module()))
+    for name, result in found[0].items():
+        torch.testing.assert_close(result, found[1][name], rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ------------------------------------------------------------------------------------ randomness

@@ -86,7 +86,6 @@ _BACKWARD_INPUTS = (
 )
 _OPTIONS, _BACKWARD_OPTIONS = 6, 5  # arguments before the tensors
 _SAVED = 9  # tensors of a call before those of its variant
-_NO_EXTRAS = (None,) * len(Extras._fields)
 
 
 def without_autocast(run: Callable[..., Any], device: str, *args: Any, **options: Any) -> Any:
@@ -95,6 +94,11 @@ def without_autocast(run: Callable[..., Any], device: str, *args: Any, **options
         return run(*args, **options)
     with torch.autocast(device, enabled=False):
         return run(*args, **options)
+
+
+def _extras(tensors: tuple[Tensor | None, ...]) -> Extras:
+    """The extras of a call; PLAIN itself where there are none, by which implementations know PyTorch's own layer."""
+    return Extras(*tensors) if any(t is not None for t in tensors) else PLAIN
 
 
 def _runners(name: str) -> tuple[Callable[..., Forward], Callable[..., Any]]:
@@ -111,7 +115,7 @@ def _runners(name: str) -> tuple[Callable[..., Forward], Callable[..., Any]]:
             dispatch.implementation(name, implementation).forward,
             tensors[0].device.type,
             *tensors[:_SAVED],
-            Extras(*tensors[_SAVED:]) if len(tensors) > _SAVED else PLAIN,
+            _extras(tensors[_SAVED:]),
             activation=activation,
             recurrent_activation=recurrent_activation,
             reverse=reverse,
@@ -127,13 +131,12 @@ def _runners(name: str) -> tuple[Callable[..., Forward], Callable[..., Any]]:
         implementation: str,
         *tensors: Any,
     ) -> Gradients:
-        extras = tensors[11 + len(Kept._fields) :]
         return without_autocast(
             dispatch.implementation(name, implementation).backward,
             tensors[4].device.type,
             *tensors[:11],
             Kept(*tensors[11 : 11 + len(Kept._fields)]),
-            Extras(*extras) if extras else PLAIN,
+            _extras(tensors[11 + len(Kept._fields) :]),
             activation=activation,
             recurrent_activation=recurrent_activation,
             reverse=reverse,

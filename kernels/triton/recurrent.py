@@ -19,12 +19,13 @@ from ..reference import recurrent_variants as variants
 from ..reference.batch_norm_act import accumulate_dtype
 from ..reference.recurrent import Forward, Gradients, Kept, Needs, Request
 from ..reference.recurrent_variants import PLAIN, Extras
-from . import batch_norm_act, interpreted
+from . import interpreted
 from . import recurrent_cells as cells_
 from . import recurrent_plan as planning
 from . import recurrent_sequence as sequence
 from . import recurrent_steps as steps_
 from .recurrent_plan import CELL, SEQUENCE, Launch
+from .target import ALL_REGISTERS, device_of, runs_on
 
 _FAMILIES = {"lstm": (cells_.LSTM.value, 4), "gru": (cells_.GRU.value, 3), "rnn": (cells_.RNN.value, 1)}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,7 +33,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def supports(request: Request) -> str | None:
     """None where this backend runs the request, else the reason."""
-    reason = batch_norm_act.supports(request)  # type: ignore[arg-type]  # it looks at the device alone
+    reason = runs_on(request.device)
     if reason is not None:
         return reason
     if request.dtype not in _DTYPES:
@@ -71,10 +72,8 @@ def _tiles(launch: Launch, weight: Tensor) -> dict[str, Any]:
     if launch.kind == SEQUENCE:
         meta["BLOCK_H"] = launch.block_n
     else:
-        meta |= {"BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
-    # Left alone, ptxas spills a few registers for one more program on a multiprocessor.
-    limit = {"maxnreg": 255} if torch.version.hip is None else {}
-    return {**meta, "num_warps": launch.num_warps, "num_stages": launch.num_stages, **limit}
+        meta |= {"BLOCK_N": launch.block_n, "BLOCK_K": planning.depth(launch, weight.dtype)}
+    return {**meta, "num_warps": launch.num_warps, "num_stages": launch.num_stages, **ALL_REGISTERS}
 
 
 def _order(count: int, reverse: bool) -> list[int]:
@@ -145,7 +144,7 @@ def forward(
         normal, inverse = empty(rows, width), empty(rows, 1)
     launch = planning.choose(x.dtype, len(steps), batch, hidden, norm=norm)
     meta = {**_meta(family, activation), "SAVES": saves}
-    with batch_norm_act._on(x):
+    with device_of(x):
         if launch.kind == SEQUENCE:
             sequence.sequence_forward_kernel[(triton.cdiv(batch, launch.block_m),)](
                 gates, weight_hh, bias_hh, h0, output, state, cells, extra, *_lists(steps, x.device), len(steps), batch,
@@ -245,7 +244,7 @@ def backward(
     launch = planning.choose(x.dtype, len(steps), batch, hidden, norm=norm)
     meta = _meta(family, activation)
     narrow = weight_hh.dtype
-    with batch_norm_act._on(x):
+    with device_of(x):
         if launch.kind == SEQUENCE:
             sequence.sequence_backward_kernel[(triton.cdiv(batch, launch.block_m),)](
                 weight_hh, grad_output, grad_h, grad_c, grad_cells, gates, cells, extra, output, h0, c0, grad_gates,

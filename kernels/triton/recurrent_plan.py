@@ -13,7 +13,7 @@ SEQUENCE, STEP, CELL = "sequence", "step", "cell"
 
 class Launch(NamedTuple):
     """A configuration: ``kind`` of the kernels; tiles of batch elements, units and depth (a sequence's units and depth
-    are all there are, a cell's rows are single); warps and stages.
+    are all there are, a cell's rows are single); warps and stages. A step's depth is in elements of two bytes.
     """
 
     kind: str
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 #: A step's product with its gates: few batch elements, or many; float32 in full precision; float64 on sums of products.
 STEPS = (Launch(STEP, 16, 32, 64, 4, 3), Launch(STEP, 64, 32, 32, 8, 3))
-EXACT = (Launch(STEP, 16, 32, 32, 4, 1), Launch(STEP, 32, 32, 32, 8, 1))
+EXACT = (Launch(STEP, 16, 32, 64, 4, 1), Launch(STEP, 32, 32, 64, 8, 1))
 DOUBLE = (Launch(STEP, 16, 16, 16, 8, 1),)
 #: A whole sequence, by the power of two that holds its units; for 128 of them ptxas spills the weight.
 SEQUENCES = {
@@ -40,6 +40,11 @@ MOST_UNITS = 4096
 
 #: Set by tests and tuning to run one configuration; None leaves the choice to the heuristic.
 forced: Launch | None = None
+
+
+def depth(launch: Launch, dtype: torch.dtype) -> int:
+    """BLOCK_K of a step."""
+    return max(16, launch.block_k * 2 // dtype.itemsize)
 
 
 def row_warps(width: int) -> int:

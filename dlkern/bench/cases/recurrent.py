@@ -85,11 +85,10 @@ def cases() -> list[RecurrentCase]:
         found.append(case(op, 128, batch, training=True, target=training))
     found += [case(op, 128, 16, training=True, packed=True, target=1.3 if op == "lstm" else None) for op in
               ("lstm", "gru")]  # fmt: skip
-    for op, variant in (("lstm", "relu"), ("lstm", "layer_norm"), ("lstm", "peephole"), ("lstm", "zoneout"),
-                        ("gru", "layer_norm")):  # fmt: skip
-        for batch in (1, 16):
-            found += [case(op, 128, batch, training=training, variant=variant, target=5.0 if training else 3.0)
-                      for training in (False, True)]  # fmt: skip
+    for op, variant, batch in (("lstm", "layer_norm", 1), ("lstm", "layer_norm", 16), ("gru", "layer_norm", 16),
+                               ("lstm", "relu", 16), ("lstm", "peephole", 16), ("lstm", "zoneout", 16)):  # fmt: skip
+        for training, target in ((False, 3.0), (True, 5.0)):
+            found.append(case(op, 128, batch, training=training, variant=variant, target=target))
     return [*found, RecurrentCase("gru", 64, 32, 512, True), RecurrentCase("lstm", 64, 32, 512, True)]
 
 
@@ -143,6 +142,11 @@ class RecurrentProblem:
             made: nn.Module = getattr(dlkern.nn if loops else home, name)(
                 case.hidden, case.hidden, **VARIANTS[case.variant]
             )
+        with torch.no_grad():
+            for parameter in (p for n, p in made.named_parameters() if n.startswith(("norm_ih", "norm_hh"))):
+                parameter.fill_(
+                    0.1
+                )  # at 1 gradients grow over 128 steps, and the rounding of two right paths with them
         made = made.to(dtype).train(case.variant != "zoneout")
         return _Loop(made) if loops else made
 

@@ -92,7 +92,11 @@ def _products() -> Iterator[Job]:
         for launch in launches:
             meta = {"PRECISION": "tf32" if tf32 else "ieee", "BLOCK_M": launch.block_m}
             whole = launch.kind == plan.SEQUENCE
-            meta |= {"BLOCK_H": launch.block_n} if whole else {"BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
+            meta |= (
+                {"BLOCK_H": launch.block_n}
+                if whole
+                else {"BLOCK_N": launch.block_n, "BLOCK_K": plan.depth(launch, _TORCH[data])}
+            )
             kernels = (
                 (sequence.sequence_forward_kernel, sequence.sequence_backward_kernel)
                 if whole
