@@ -20,7 +20,7 @@ from dlkern.kernels.reference.batch_norm_act import Request
 from dlkern.nn.conv_bn_act import FOLDED_WEIGHT
 from dlkern.ops import batch_norm_act as op
 
-from . import depthwise, recurrent, runtime
+from . import atrous, attention, depthwise, recurrent, runtime, transformers
 from .batch_norm_act import KIND, is_candidate
 from .classes import SwappedSite, generated, is_extended, plan_of
 from .find import Filter, Findings, find, join
@@ -55,11 +55,16 @@ def swap(
     when it was traced (argument kinds, attributes, module classes, hooks); where a guard fails the
     stock forward runs and ``report(model).calls.fallback`` counts it. Swapping again starts afresh.
 
-    Sites of this version, each as far as it is there: Conv2d, BatchNorm, an addition, an activation. In
+    Sites of this version, each as far as it is there: Conv2d or ConvTranspose2d, BatchNorm, an addition, an
+    activation. In
     training the convolution is called as it stands and what follows is fused; in inference without
     gradients the batch norm is folded into the convolution where that is faster. Depthwise convolutions,
     of one or two dimensions, run their own kernels, in such a site or wherever else they stand. LSTM, GRU,
-    RNN and their cells are sites, too, by exact type.
+    RNN and their cells are sites, too, by exact type, and so are MultiheadAttention, torchvision's
+    ShiftedWindowAttention (both versions) and direct calls of F.scaled_dot_product_attention in a forward. Atrous
+    spatial pyramid pooling as torchvision and segmentation_models_pytorch have it is one on top of the sites inside of
+    it. A transformers model with attention "sdpa" is given "dlkern" (see dlkern.integrations.transformers), and "sdpa"
+    again by ``unswap``.
 
     With ``policy="measured"`` every site is decided by measurement on ``sample``: one pass in the model's mode records
     what each site is asked for; every backend that can run it, PyTorch's own among them, is checked against PyTorch on
@@ -72,7 +77,7 @@ def swap(
     Args:
         model: any module; torch.fx GraphModules and ScriptModules inside it are left alone.
         filter_fn: ``filter_fn(module, path) -> bool`` is asked for each site's BatchNorm, its
-            convolution where there is none, or its recurrent layer; False leaves the site.
+            convolution where there is none, its recurrent layer, or the block; False leaves the site.
         memory_format: for example torch.channels_last: the model is converted after the swap. "auto", with
             policy="measured": channels_last is tried as well, and kept where the whole step is faster in it.
         sample: for policy="measured": the input: a tensor, a tuple of arguments, or a dict of keyword arguments.
@@ -168,6 +173,7 @@ def _swap(model: nn.Module, filter_fn: Filter | None, memory_format: torch.memor
         for module, cls in changes:
             object.__setattr__(module, "__class__", cls)
             runtime.reset(module)
+        transformers.enter(model, filter_fn)
         _reasons[model] = findings.reasons
     return model
 
@@ -187,6 +193,7 @@ def unswap(model: nn.Module) -> nn.Module:
             plan = plan_of(module)
             if plan is not None:
                 object.__setattr__(module, "__class__", plan[0])
+        transformers.leave(model)
         _reasons.pop(model, None)
         _verdicts.pop(model, None)
     return model
@@ -208,6 +215,7 @@ def report(model: nn.Module) -> Report:
         made.calls += counter if counter is not None else Calls()
         known = {row.path for row in made.swapped}  # a container's site can run in the owner that inlines it
         made.swapped += [_row(model, path, s) for s in plan[1].sites if join(path, s.path) not in known]
+    made.swapped += transformers.rows(model, planned=False)
     reasons = _reasons.get(model)
     if reasons is None and made.swapped:  # a copy: nothing is traced here, the model may be running
         swapped = {row.path for row in made.swapped}
@@ -253,6 +261,7 @@ def explain(model: nn.Module, *, sample: Any = None, policy: str = "default") ->
     for path, plan in sorted(findings.plans.items(), key=lambda item: item[0].count(".")):
         known = {row.path for row in made.swapped}
         made.swapped += [_row(model, path, s) for s in plan.sites if join(path, s.path) not in known]
+    made.swapped += transformers.rows(model, planned=True)
     made.skipped = _left(model, findings.reasons)
     return made
 
@@ -273,6 +282,10 @@ def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
     modules = dict(model.named_modules())
 
     def kind(module: nn.Module | None) -> str:
+        if module is not None and atrous.is_block(module):
+            return atrous.KIND
+        if attention.is_attention(module):
+            return attention.KIND
         return recurrent.kind_of(module) or (depthwise.KIND if depthwise.is_depthwise(module) else KIND)
 
     return [Row(path, kind(modules.get(path)), "", reason) for path, reason in sorted(reasons.items())]
@@ -281,8 +294,12 @@ def _left(model: nn.Module, reasons: dict[str, str]) -> list[Row]:
 def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
     """A swapped site, with the backend that its device, dtype and mode get by default."""
     path = join(owner, site.path)
+    if site.kind == attention.KIND:
+        return attention.row(model, path, site)
     if site.kind in recurrent.KINDS:
         return recurrent.row(model, path, site)
+    if site.kind == atrous.KIND:
+        return atrous.row(model, path, site)
     modules = dict(model.named_modules())
     module = modules.get(path)
     parts = site.label.split("+")
@@ -296,7 +313,7 @@ def _row(model: nn.Module, owner: str, site: SwappedSite) -> Row:
             return Row(path, site.kind, backend, reason, owner, site.label)
         norm = _norm_row(module, path, owner, site)
         return dataclasses.replace(norm, reason=f"{norm.reason}; the convolution: {backend}, {reason}")
-    if isinstance(module, nn.Conv2d):  # without a norm
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):  # without a norm
         fused = module.weight.device.type == "cpu" and not module.training
         return Row(path, site.kind, "cpu" if fused else "torch", "fused in inference on the CPU", owner, site.label)
     return _norm_row(module, path, owner, site)

@@ -22,7 +22,7 @@ from dlkern.nn.batch_norm_act import own
 from dlkern.ops import conv_bn_act as op
 from dlkern.ops import library
 
-from . import batch_norm_act, depthwise, runtime
+from . import batch_norm_act, depthwise, runtime, transposed
 from .batch_norm_act import Matcher, NotASite, Site
 from .trace import Trace
 from .witness import has_hooks
@@ -30,6 +30,7 @@ from .witness import has_hooks
 KIND = "conv_bn_act"
 IDENTITY = Activation("identity")
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def match(
@@ -78,7 +79,7 @@ class _Convolutions:
             return False
         module = self.matcher.module(node)
         return (
-            type(module) is nn.Conv2d
+            type(module) in CONVOLUTIONS
             and isinstance(node.args[0], fx.Node)
             and len(node.users) == 1
             and not has_hooks(module)
@@ -165,6 +166,8 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
 
     Where not, the convolution is called as the module it is, with whatever has become of it.
     """
+    if type(conv) is nn.ConvTranspose2d:
+        return transposed.takes(conv, norm, x, activation, residual)
     if type(x) is not Tensor or type(conv) is not nn.Conv2d or not runtime.unhooked(conv):
         return False
     if 1 < conv.groups == conv.in_channels and depthwise.takes(conv, norm, x, activation, residual):
@@ -211,4 +214,6 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
 
 def fused(conv: Any, norm: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
     """The rewritten site, convolution included."""
+    if type(conv) is nn.ConvTranspose2d:
+        return transposed.fused(conv, norm, x, activation)
     return layer.apply(conv, norm, x, activation, residual)

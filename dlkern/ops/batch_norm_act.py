@@ -325,9 +325,10 @@ def apply(
         return _TransformedFunction.apply(*inputs)[0]
     if library.wants_gradient(x, weight, bias, residual):
         return (function or BatchNormActFunction).apply(*inputs)
-    if overwrite and backend == "cpu" and library.unwatched(x) and torch._C._len_torch_function_stack() == 0:
+    alone = library.unwatched(x) and torch._C._len_torch_function_stack() == 0
+    if overwrite and not batch_stats and backend == "cpu" and alone:
         return dispatch.implementation(NAME, backend).forward(
             x, weight, bias, residual, running_mean, running_var, batch_stats=batch_stats, momentum=momentum, eps=eps,
-            activation=activation, overwrite=True,
+            activation=activation, out=x,
         )[0]  # fmt: skip
     return (run_forward if library.unwatched(x) else forward_op)(*inputs)[0]

@@ -46,7 +46,7 @@ def choose(
     if dispatch.forced("conv_bn_act") is not None:
         return "torch"
     fused = IDENTITY if saves or residual or norm == "batch" else activation
-    return depthwise.choose(x, weight, geometry, fused.name, dtype)
+    return depthwise.choose(x, weight, geometry, fused.name, saves, dtype)
 
 
 def geometry_of(convolution: Convolution) -> Geometry:
