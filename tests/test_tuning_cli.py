@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from test_cli import TINY
 
 from dlkern import cli, dispatch, doctor
 from dlkern.bench import cases
-from dlkern.tuning import answers, cache, policy
+from dlkern.tuning import answers, cache, policy, progress
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +108,23 @@ def test_a_backend_that_is_not_there_is_said_and_no_failure(monkeypatch: pytest.
     found = list(doctor.examine(torch.device("cpu")))
     assert {f.state for f in found} == {"not run"}
     assert "right numbers" in doctor.render(found)
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_on_a_terminal(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        for name in ("rich", "rich.console", "rich.progress"):
+            monkeypatch.setitem(sys.modules, name, None)
+    with progress.bar(True) as say:
+        say(1, 2, "batch_norm_act [4x8]")
+    assert rich or "[1/2] batch_norm_act [4x8]" in capsys.readouterr().err
+
+
+def test_no_progress_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.bar() as say:
+        say(1, 2, "batch_norm_act")
+    assert capsys.readouterr().err == ""

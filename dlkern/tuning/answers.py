@@ -43,7 +43,8 @@ class Answer(NamedTuple):
         if self.backend != "torch":
             return f"measured: {self.ratio:.2f}x PyTorch" if self.ratio is not None else "measured"
         if self.rival is not None and self.ratio is not None:
-            return f"measured: the fastest other, {self.rival}, is {self.ratio:.2f}x PyTorch"
+            other = self.rival if self.rival.startswith("torch") else f"the fastest other, {self.rival},"
+            return f"measured: {other} is {self.ratio:.2f}x PyTorch"
         if self.wrong:
             return f"measured: no other gives right numbers here ({', '.join(name for name, _ in self.wrong)})"
         return "measured: no other backend is faster, or none can run it"

@@ -311,10 +311,14 @@ def _site(kind: str, calls: list[Call], outcomes: list[Outcome], indices: list[i
     stock, ours = sum(seconds for seconds, _ in costs), sum(seconds / gain for seconds, gain in costs)
     ratio = round(stock / ours, 3) if ours else None
     where = calls[outer[0]].where
-    if names:
+    contradicted = any(
+        a.rival is not None and a.rival.startswith(race.INNER) and a.ratio is not None and a.ratio < 1
+        for a in found.values()
+    )  # an op won by itself, and the call that it is part of was slower with it
+    if names and not contradicted:
         gain = f"{ratio:.2f}x PyTorch" if ratio is not None else "faster than PyTorch"
         return SiteVerdict(kind, ", ".join(names), f"measured: {gain} on {where}", ratio, True)
-    told = [a.in_words() for a in found.values()]
+    told = [a.in_words() for a in found.values() if a.backend == "torch"]
     reason = next((text for text in told if "x PyTorch" in text), told[0] if told else "measured: nothing to choose")
     return SiteVerdict(kind, "torch", f"{reason} on {where}", ratio, False)
 
@@ -324,11 +328,9 @@ def _costs(index: int, calls: list[Call], outcomes: list[Outcome], chosen: set[i
     outcome = outcomes[index]
     if outcome.ratio is not None:
         return [(outcome.seconds, outcome.ratio.median)]
-    inner = [i for i in chosen if calls[i].parent == index]
-    if inner:
-        return [pair for i in inner for pair in _costs(i, calls, outcomes, chosen)]
-    for key in outcome.reached:
+    for key in outcome.reached:  # remembered: its own decision comes first, those inside of it behind
         answer = answers.exact(key)
         if answer is not None and answer.ratio is not None and answer.seconds is not None:
             return [(answer.seconds, answer.ratio)]
-    return []
+    inner = [i for i in chosen if calls[i].parent == index]
+    return [pair for i in inner for pair in _costs(i, calls, outcomes, chosen)]

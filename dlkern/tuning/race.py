@@ -33,6 +33,8 @@ _KINKS = {
     "hardsigmoid": (-3.0, 3.0),
 }
 _PYTORCH = "PyTorch"
+#: How an answer's rival begins that is PyTorch's own op with an op inside of it by another backend.
+INNER = "torch with"
 #: Backends that take tensors of the CPU in an interpreter or a simulator alone.
 _EMULATED = ("triton", "cuda", "numba")
 
@@ -144,6 +146,7 @@ class Judge:
         self.call = call
         self._leaves = _without_dropout(call, call.make())
         self._floats = [i for i, v in enumerate(self._leaves) if isinstance(v, Tensor) and v.is_floating_point()]
+        self._watched = self._floats[1:] if _overwrites(call) else self._floats
         data = [self._leaves[i].dtype for i in self._floats]
         self.dtype = max(data, key=lambda d: torch.finfo(d).eps)
         self._grads: list[Tensor] | None = None
@@ -173,7 +176,7 @@ class Judge:
     def _results(self, leaves: list[Any], wide: bool = False, seed: int | None = None) -> dict[str, Tensor]:
         """Outputs, gradients and whatever input was written to, by name."""
         own = [self._copied(leaf, wide, seed, index) for index, leaf in enumerate(leaves)]
-        before = {i: own[i].detach().clone() for i in self._floats if not own[i].requires_grad}
+        before = {i: own[i].detach().clone() for i in self._watched if not own[i].requires_grad}
         replay = Replay(self.call, own)
         outputs = replay.forward()
         ends = [t for t in outputs if t.requires_grad]
@@ -260,6 +263,12 @@ def _like_strides(value: Tensor, like: Tensor) -> Tensor:
     return made.copy_(value)
 
 
+def _overwrites(call: Call) -> bool:
+    """Whether the caller gave the first tensor away (an entry's argument ``overwrite``)."""
+    args, kwargs = call.arguments(call.leaves)
+    return bool(inspect.signature(call.function).bind(*args, **kwargs).arguments.get("overwrite"))
+
+
 def _without_dropout(call: Call, leaves: list[Any]) -> list[Any]:
     """Probabilities of dropout set to 0: two backends drop other elements."""
     return [
@@ -313,23 +322,31 @@ def race(call: Call, effort: Effort = EFFORT, only: tuple[str, ...] | None = Non
 
 def _answer(name: str, rival: Trial, outcome: Outcome, wrong: tuple[tuple[str, str], ...]) -> Answer:
     """The answer for one decision of the winner; the call's figures belong to what differs from PyTorch."""
-    beside = name
+    beside: str | None = name
     if name == "torch":
-        other = next((b for b in rival.overrides.values() if b != "torch"), None)
-        if other is None or outcome.won or outcome.ratio is None:  # the gain, if any, is another decision's
-            return Answer(name, wrong=wrong)
-        beside = other
-    if outcome.ratio is None:
+        others = [backend for backend in rival.overrides.values() if backend != "torch"]
+        inner = [f"{key.op} by {a.backend}" for key in rival.reached if (a := _decided(key)) is not None]
+        if others:
+            beside = None if outcome.won else others[0]  # the gain, if any, is another decision's
+        else:
+            beside = f"{INNER} {', '.join(dict.fromkeys(inner))}" if inner else None
+    if outcome.ratio is None or beside is None:
         return Answer(name, wrong=wrong)
     ratio, low, high, seconds = (float(f"{v:.4g}") for v in (*outcome.ratio, outcome.seconds))
     return Answer(name, ratio, low, high, seconds, beside, wrong)
+
+
+def _decided(key: Key) -> Answer | None:
+    """The answer for a key where it is a backend of dlkern's."""
+    answer = answers.exact(key)
+    return None if answer is None or answer.backend == "torch" else answer
 
 
 def _gains(trial: Trial) -> bool:
     """Whether a trial runs anything that is not PyTorch's."""
     if any(name != "torch" for name in trial.overrides.values()):
         return True
-    return any((a := answers.exact(key)) is not None and a.backend != "torch" for key in trial.reached)
+    return any(_decided(key) is not None for key in trial.reached)
 
 
 def _timed(replay: Replay, trial: Trial) -> Callable[[], object]:
