@@ -65,8 +65,8 @@ class ConvTransposeBNAct2d(nn.Module):
     """``activation(bn(conv(x)))`` with a transposed convolution, as one fused op; x (N, C, H, W) or (C, H, W).
 
     The arguments up to ``dilation`` are torch.nn.ConvTranspose2d's; the children are ``conv``, a
-    torch.nn.ConvTranspose2d, and ``bn``, a torch.nn.BatchNorm2d or None. ``dlkern.freeze`` folds the batch norm into the
-    convolution.
+    torch.nn.ConvTranspose2d, and ``bn``, a torch.nn.BatchNorm2d or None. ``dlkern.freeze`` folds the batch norm into
+    the convolution.
 
     Args:
         bias: None for a bias where there is no norm.
