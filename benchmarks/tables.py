@@ -177,7 +177,13 @@ def recurrent(rows: Rows) -> list[str]:
         [
             f"{row['op']} cell" if row["cell"] else str(row["op"]),
             f"{row['steps']} x {row['batch']} x {row['hidden']}",
-            ", ".join(["training" if row["training"] else "inference", *["packed"] * bool(row["packed"])]),
+            ", ".join(
+                [
+                    "training" if row["training"] else "inference",
+                    *["packed"] * bool(row["packed"]),
+                    *[row["variant"]] * bool(row.get("variant")),
+                ]
+            ),
             f"{row['row']} ({row['backend']})",
             _milliseconds(row, "eager"),
             _paired(row, row["row"]),
@@ -187,6 +193,25 @@ def recurrent(rows: Rows) -> list[str]:
     ]
     heads = ["layer", "steps x batch x hidden", "mode", "row (backend)", "torch.nn ms", "torch.nn / row", "target"]
     return table(heads, lines)
+
+
+def attention(rows: Rows) -> list[str]:
+    """PyTorch's time / dlkern's, a line per case and backend."""
+    lines = [
+        [
+            f"{row['kind']}, lengths {min(row['lengths'])} to {max(row['lengths'])}" if row["lengths"] else row["kind"],
+            " x ".join(str(row[name]) for name in ("batch", "heads", "length", "dim")),
+            _mode(row),
+            row["dtype"],
+            f"{row['row']} ({row['backend']})",
+            _milliseconds(row, "eager"),
+            _paired(row, row["row"]),
+            f">= {row['target']}" if row.get("target") else "",
+        ]
+        for row in rows
+    ]
+    heads = ["kind", "batch x heads x length x dim", "mode", "dtype", "row (backend)", "PyTorch ms", "PyTorch / row"]
+    return table([*heads, "target"], lines)
 
 
 def device(rows: Rows) -> list[str]:
@@ -223,6 +248,7 @@ def _suite_bars(rows: Rows) -> list[Bar]:
 
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
+    "attention": attention,
     "batch_norm_act": batch_norm_act,
     "conv_bn_act": conv_bn_act,
     "depthwise": depthwise,

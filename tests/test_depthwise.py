@@ -47,6 +47,13 @@ CASES = [
         Case((1, 5, 6, 7), padding=(18, 18, 18, 18), dilation=(18, 18)),
         Case((1, 4, 12, 13), (5, 3), (2, 3), (4, 4, 3, 3), (2, 3)),
         Case((1, 4, 12, 13), stride=(2, 2), padding=(2, 2, 2, 2), dilation=(2, 2)),
+        # ... and pixels so far apart that rows are copied
+        Case((2, 128, 11, 17), padding=(3, 3, 3, 3), dilation=(3, 3), bias=True, statistics=True),
+        Case((1, 128, 12, 13), stride=(2, 2), padding=(4, 4, 4, 4), dilation=(4, 4)),
+        Case((1, 128, 9, 14), (5, 4), (1, 3), (4, 4, 3, 3), (2, 2)),
+        Case((1, 64, 9, 14), multiplier=2, padding=(2, 2, 2, 2), dilation=(2, 2)),
+        Case((1, 64, 9, 14), padding=(2, 2, 2, 2), dilation=(2, 2), dtype=F64),
+        Case((1, 256, 9, 14), padding=(2, 2, 2, 2), dilation=(2, 2), dtype=BF16),
         # large and rectangular kernels
         Case((1, 3, 33, 35), (31, 31), padding=(15, 15, 15, 15)),
         Case((1, 3, 9, 40), (1, 31), padding=(0, 0, 15, 15)),
@@ -138,6 +145,7 @@ _TELLING = both(
     Case((3, 21, 17, 30), stride=(2, 2), statistics=True),
     Case((2, 70, 9, 10), (7, 7), padding=(3, 3, 3, 3), statistics=True),
     Case((2, 21, 17, 30), padding=(4, 4, 4, 4), dilation=(4, 4), statistics=True),
+    Case((2, 128, 11, 17), padding=(4, 4, 4, 4), dilation=(4, 4), statistics=True),
     Case((2, 9, 17, 30), (3, 6), (1, 3), multiplier=2, bias=True, statistics=True),
     Case((3, 21, 17, 30), dtype=BF16, bias=True, statistics=True),
     Case((3, 21, 17, 30), dtype=F16, statistics=True),

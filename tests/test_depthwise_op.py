@@ -209,10 +209,30 @@ def _request(**changes: Any) -> Request:
 def test_default_order() -> None:
     if dispatch.unavailable("cpu") is not None:
         pytest.fail(dispatch.unavailable("cpu"))
-    assert dispatch.choose("depthwise", _request()).backend == "cpu"
-    assert dispatch.choose("depthwise", _request(channels_last=False, dilation=(1, 2))).backend == "cpu"
-    assert dispatch.choose("depthwise", _request(channels_last=False)).backend == "torch"
-    assert dispatch.choose("depthwise", _request(device="cuda")).backend == "torch"
+    choices: list[tuple[str, dict[str, Any]]] = [
+        ("cpu", {}),
+        ("cpu", {"plane": 1024}),
+        ("torch", {"plane": 256}),
+        ("cpu", {"plane": 256, "gradients": True}),
+        ("torch", {"plane": 256, "gradients": True, "stride": (2, 2)}),
+        ("cpu", {"plane": 256, "gradients": True, "stride": (2, 2), "kernel": (5, 5)}),
+        ("cpu", {"plane": 256, "dilation": (1, 2)}),
+        ("torch", {"device": "cuda"}),
+    ]
+    planes: list[tuple[str, dict[str, Any]]] = [
+        ("cpu", {"plane": 64}),
+        ("cpu", {"plane": 256, "stride": (2, 2)}),
+        ("torch", {"plane": 64, "stride": (2, 2)}),
+        ("torch", {"plane": 1024, "kernel": (5, 5)}),
+        ("cpu", {"plane": 1024, "kernel": (5, 5), "gradients": True}),
+        ("cpu", {"plane": 1024, "gradients": True}),
+        ("torch", {"plane": 256, "gradients": True}),
+        ("torch", {"plane": 1024, "gradients": True, "stride": (2, 2)}),
+        ("torch", {"gradients": True}),
+        ("cpu", {"plane": 64, "dilation": (2, 1), "gradients": True}),
+    ]
+    for backend, changes in [*choices, *((name, {"channels_last": False, **c}) for name, c in planes)]:
+        assert dispatch.choose("depthwise", _request(**changes)).backend == backend, changes
     too_large = dispatch.choose("depthwise", _request(kernel=(33, 3)))
     assert too_large.backend == "torch"
     assert "31" in too_large.reason

@@ -25,6 +25,8 @@ def _cases(op: str) -> list[Case]:
         Case(op, 7, 6, 5, 15, packed="unsorted", bidirectional=True, layers=2),
         Case(op, 7, 5, 4, 10, packed="unsorted", bidirectional=True, hx=False, batch_first=True, bias=False),
         Case(op, 64, 2, 12, 40, bidirectional=True),
+        Case(op, 512, 1, 3, 9),
+        Case(op, 512, 3, 2, 5, packed="unsorted", bidirectional=True, only="h_n"),
         Case(op, 7, 33, 8, 31),
         Case(op, 7, 3, 5, 9, dtype=F64, layers=2, bidirectional=True),
         Case(op, 64, 5, 6, 21, dtype=F64, packed="unsorted"),

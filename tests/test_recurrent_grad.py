@@ -171,6 +171,20 @@ def test_gradients_in_eval_mode(op: str, backend: str) -> None:
 
 @every_backend
 @every_op
+@pytest.mark.parametrize("packed", ["", "unsorted"])
+def test_deterministic(op: str, packed: str, backend: str) -> None:
+    case = Case(op, 7, 6, 5, 40, layers=2, bidirectional=True, packed=packed)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with dlkern.backend(backend):
+            first, second = (call(case, case.module(dlkern.nn), case.dtype) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_backend
+@every_op
 def test_any_strides(op: str, backend: str) -> None:
     """Inputs, weights, states and gradients that are not contiguous, and those that PyTorch negates lazily."""
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ import dlkern
 import dlkern.nn
 from dlkern import dispatch, functional
 from dlkern.kernels.reference.recurrent import Request
+from dlkern.kernels.reference.recurrent_variants import PLAIN, Extras
 from dlkern.ops import gru, lstm, rnn
 
 OPS = tuple(GATES)
@@ -192,8 +193,9 @@ def test_bad_cells(x: Any, h: Any, error: type[Exception], message: str) -> None
 # ------------------------------------------------------------------------------- torch.library, compile
 @every_op
 @every_backend
+@pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(op: str, backend: str, packed: bool) -> None:
+def test_opcheck(op: str, backend: str, packed: bool, varied: bool) -> None:
     torch.manual_seed(0)
     module = {"lstm": lstm, "gru": gru, "rnn": rnn}[op].OP
     sizes = torch.tensor([2, 2, 1]) if packed else None
@@ -203,18 +205,31 @@ def test_opcheck(op: str, backend: str, packed: bool) -> None:
     x = torch.randn(5, 3) if packed else torch.randn(3, 2, 3)
     h0 = torch.randn(2, 4 if projects else 5)
     c0 = torch.randn(2, 5) if op == "lstm" else None
-    inputs = (x, h0, c0, *weights, sizes, "tanh", True)
+    extras = PLAIN
+    if varied:
+        if backend == "triton":
+            extras = Extras(norm_hh=torch.rand(GATES[op] * 5))
+        else:
+            zoneout, dropout = torch.rand(*x.shape[:-1], h0.size(1)).flatten(0, -2), torch.rand_like(h0)
+            peephole = torch.rand(15) if op == "lstm" else None
+            extras = Extras(peephole, torch.rand(GATES[op] * 5), zoneout=zoneout, dropout=dropout)
+        if op == "lstm":
+            extras = extras._replace(norm_c=torch.rand(5), norm_c_bias=torch.rand(5))
+    tensors = (x, h0, c0, *weights, sizes)
     # gradients are the Function's, the ops themselves have none
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(module.forward_op, (*inputs, False, backend), test_utils=checks)
-    torch.library.opcheck(module.forward_op, (*inputs, True, backend), test_utils=checks)
-    found = dispatch.implementation(op, backend).forward(*inputs[:9], activation="tanh", reverse=True, saves=True)
-    grads = (torch.randn_like(found.output), None, None)
-    needs = [True, True, op == "lstm", True, True, True, False, projects]
+    for saves, recompute in ((False, False), (True, False), (True, True)):
+        options = ("tanh", "sigmoid", True, saves, recompute, backend)
+        torch.library.opcheck(module.forward_op, (*options, *tensors, *extras), test_utils=checks)
+    implementation = dispatch.implementation(op, backend)
+    found = implementation.forward(*tensors, extras, activation="tanh", reverse=True, saves=True)
+    grads = (torch.randn_like(found.output), None, None, None if found.cells is None else torch.rand_like(found.cells))
+    of_extras = [extras.peephole is not None, varied, varied and op == "lstm", varied and op == "lstm"]
+    needs = [True, True, op == "lstm", True, True, True, False, projects, *of_extras]
     torch.library.opcheck(
         module.backward_op,
-        (*grads, x, h0, c0, weights[0], weights[1], weights[4], sizes, found.output, *found[3:], "tanh", True, needs,
-         backend),
+        ("tanh", "sigmoid", True, needs, backend, *grads, x, h0, c0, weights[0], weights[1], weights[4], sizes,
+         found.output, *found[3:], *extras),
         test_utils=checks,
     )  # fmt: skip
 

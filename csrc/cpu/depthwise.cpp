@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "depthwise_plan.h"
@@ -25,6 +26,8 @@ constexpr int64_t kAligned = 16;  // elements that parts of the working memory b
 
 int64_t aligned(int64_t n) { return divide_up(n, kAligned) * kAligned; }
 
+int64_t bytes_of(DType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
 void add_gradient_axes(DepthwisePlan& p, const DepthwiseGeometry& g) {
   for (int64_t phase = 0; phase < g.stride_h; ++phase)
     p.rows.push_back(gradient_axis(g.height, g.out_height, g.kernel_h, g.stride_h, g.dilation_h, g.pad_top, phase));
@@ -41,6 +44,8 @@ void cut_rows(DepthwisePlan& p, const DepthwiseGeometry& g) {
   p.row_count = g.batch * g.out_height;
   const int64_t rows = std::max(divide_up(p.row_count, kDepthwiseBlocks), divide_up(kDepthwiseBlock, g.out_width));
   p.rows_per_block = rows;
+  p.step = g.dilation_h / std::gcd(g.dilation_h, g.stride_h);
+  p.order = row_order(g.out_height, p.step);
   p.blocks = divide_up(p.row_count, rows);
 }
 
@@ -52,8 +57,9 @@ DepthwisePlan make_plan(const DepthwiseForward& a) {
   add_forward_axes(g, p.rows, p.columns);
   if (g.channels_last) {
     cut_rows(p, g);
+    p.input_rows = row_copies(p.rows, g.dilation_w, g.width, g.channels, bytes_of(a.dtype));
     p.common = (p.taps + 1) * p.outputs + (a.mean ? 2 * p.blocks * p.outputs : 0);
-    p.per_thread = aligned(a.mean ? 3 * p.outputs : 0);
+    p.per_thread = aligned(a.mean ? 3 * p.outputs : 0) + p.input_rows.doubles;
   } else {
     p.row_count = g.batch * g.out_height;
     p.rows_per_block = g.out_height;
@@ -75,8 +81,10 @@ DepthwisePlan make_plan(const DepthwiseBackward& a) {
   const bool sums = a.grad_weight || a.grad_bias;
   if (g.channels_last) {
     cut_rows(p, g);
+    p.input_rows = row_copies(p.forward_rows, g.dilation_w, g.width, g.channels, bytes_of(a.dtype));
+    p.gradient_rows = row_copies(p.rows, g.dilation_w, g.out_width, p.outputs, bytes_of(a.dtype));
     p.common = p.taps * p.outputs + (sums ? (p.taps + 1) * p.blocks * p.outputs : 0);
-    p.per_thread = aligned((p.taps + 1) * p.outputs);
+    p.per_thread = aligned((p.taps + 1) * p.outputs) + p.input_rows.doubles + p.gradient_rows.doubles;
   } else {
     // few channels: several groups of images, for the threads to share
     p.rows_per_block = divide_up(g.batch, std::min(g.batch, divide_up(kDepthwiseBlocks, g.channels)));

@@ -104,6 +104,7 @@ inline void finish_moments(const DepthwiseForward& a, const DepthwisePlan& plan,
 #include "depthwise_planes.inl"
 #include "depthwise_planes_gradient.inl"
 #include "depthwise_rows.inl"
+#include "depthwise_rows_forward.inl"
 #include "depthwise_rows_gradient.inl"
 
 inline void forward_body(const DepthwiseForwardContext& f, Team team) {

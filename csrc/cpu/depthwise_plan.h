@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "dlkern/depthwise.h"
@@ -116,6 +117,37 @@ inline PaddedRows padded_rows(const std::vector<Axis>& rows, const std::vector<A
 // Outputs from this many bytes on are stored past the caches (channels last).
 constexpr int64_t kDepthwiseStreamedBytes = 4 << 20;
 
+// Rows of one image that a thread copies, where kernels read them from places that crowd each other out of the cache:
+// so many bytes from one pixel to the next that a column of pixels finds few sets of it. A copy has its pixels apart by
+// one cache line more.
+struct RowCopies {
+  int64_t spacing, capacity;  // rows that are read together: their distance, and how many
+  int64_t width, channels;    // of a row
+  int64_t pixel;              // elements from one pixel of a copy to the next; 0 where rows are read where they are
+  int64_t doubles;            // memory for all of them
+};
+
+inline RowCopies row_copies(const std::vector<Axis>& rows, int64_t dilation, int64_t width, int64_t channels,
+                            int64_t element_bytes) {
+  RowCopies c{1, 1, width, channels, 0, 0};
+  if (dilation == 1 || channels * element_bytes % 512 != 0) return c;
+  for (const Axis& a : rows) {
+    c.capacity = std::max(c.capacity, a.taps);
+    if (a.taps > 1) c.spacing = a.spacing;
+  }
+  c.pixel = channels + 64 / element_bytes;
+  c.doubles = divide_up(c.capacity * width * c.pixel * element_bytes, 128) * 16;
+  return c;
+}
+
+// Rows of the output in the order in which neighbours, `step` apart, share rows of the input.
+inline std::vector<int64_t> row_order(int64_t count, int64_t step) {
+  std::vector<int64_t> order;
+  for (int64_t first = 0; first < std::min(step, count); ++first)
+    for (int64_t t = first; t < count; t += step) order.push_back(t);
+  return order;
+}
+
 struct DepthwisePlan {
   int64_t outputs;  // channels * multiplier
   int64_t taps;
@@ -123,8 +155,11 @@ struct DepthwisePlan {
   std::vector<Axis> forward_rows, forward_columns;  // one of each, for the gradient of weight
   // channels last: rows of the output, of all images, are cut into blocks; planes: images are, in backward
   int64_t row_count, rows_per_block, blocks;
-  PaddedRows input, gradient;  // planes: what x and grad_y are copied to
-  int64_t group;               // planes: neighbouring channels of an image that a thread takes in turn, in backward
+  std::vector<int64_t> order;           // channels last: of the rows of an image
+  int64_t step;                         // and from one of them to the next
+  RowCopies input_rows, gradient_rows;  // channels last: of x and of grad_y
+  PaddedRows input, gradient;           // planes: what x and grad_y are copied to
+  int64_t group;  // planes: neighbouring channels of an image that a thread takes in turn, in backward
   // doubles of working memory: common to all threads, and for each thread
   int64_t common, per_thread;
 };

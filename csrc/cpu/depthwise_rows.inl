@@ -15,7 +15,8 @@ struct Correlation {
   bool streaming;  // stores go past the caches
   const A* shift;  // with sums of y - shift and of its squares: (channels,) each, or null
   A *sum, *square;
-  const T* ahead[2];  // rows of the input that the next row of outputs needs, or null
+  const T* ahead[2];    // rows of the input that the next row of outputs needs, or null
+  int64_t ahead_pixel;  // elements from one of their pixels to the next
   int64_t rows;
   const T* in[kMaxKernel];       // the input's row for each row of taps
   const A* weights[kMaxKernel];  // tap 0 of that row of taps
@@ -106,13 +107,13 @@ DLKERN_NOINLINE void run_tile(const Tile<T>& tile) {
   const int64_t column = tile.axis.input(tile.t, tile.first);
   const int64_t weight_offset = (tile.axis.first + tile.first * tile.axis.next) * p.weight_tap;
   T* out = tile.out + (tile.axis.start + tile.t * tile.axis.stride) * p.out_pixel;
-  const int64_t ahead = tile.t * tile.axis.step * p.pixel;
+  const int64_t ahead = tile.t * tile.axis.step * p.ahead_pixel;
   int64_t c = tile.begin;
   for (; c + lanes <= tile.end; c += lanes) {
     if ((c * sizeof(T)) % 64 == 0) {
       for (const T* row : p.ahead)
         for (int i = 0; row && i < kWidth * (kStep ? kStep : 1); ++i)
-          __builtin_prefetch(row + (ahead + i * p.pixel + c));
+          __builtin_prefetch(row + (ahead + i * p.ahead_pixel + c), 0, kStep ? 2 : 3);
     }
     tile_step<T, kTaps, kStep, kWidth, kEdge, false>(tile, column, weight_offset, out, c, lanes);
   }
@@ -264,20 +265,53 @@ inline bool streams(const T* out, int64_t channels, int64_t elements) {
   return elements * (int64_t)sizeof(T) >= kDepthwiseStreamedBytes && whole_lines(out, channels);
 }
 
-// Sets the rows of taps of output row t that are inside the image `in` (whose rows are `row` elements).
+// Rows of one image: where they are, or copies of them (RowCopies).
 template <class T>
-inline void set_rows(Correlation<T>& p, const Axis& axis, int64_t t, const T* in, int64_t row, const wide_t<T>* weights,
-                     int64_t weight_row) {
+struct Rows {
+  const RowCopies& plan;
+  T* copies;
+  const T* image = nullptr;
+  int64_t held[kMaxKernel];
+
+  int64_t pixel() const { return plan.pixel ? plan.pixel : plan.channels; }
+  const T* original(int64_t y) const { return image + y * plan.width * plan.channels; }
+  int64_t slot(int64_t y) const { return y / plan.spacing % plan.capacity; }
+  bool holds(int64_t y) const { return plan.pixel && held[slot(y)] == y; }
+
+  void start(const T* from) {
+    if (from == image) return;
+    image = from;
+    std::fill_n(held, plan.capacity, int64_t(-1));
+  }
+  const T* row(int64_t y) {
+    if (!plan.pixel) return original(y);
+    const int64_t at = slot(y);
+    T* copy = copies + at * plan.width * plan.pixel;
+    if (held[at] == y) return copy;
+    held[at] = y;
+    const T* from = original(y);
+    for (int64_t x = 0; x < plan.width; ++x, from += plan.channels)
+      std::memcpy(copy + x * plan.pixel, from, plan.channels * sizeof(T));
+    return copy;
+  }
+};
+
+// Sets the rows of taps of output row t that are inside the image; `next` is the row of outputs that follows, or -1.
+template <class T>
+inline void set_rows(Correlation<T>& p, const Axis& axis, int64_t t, int64_t next, Rows<T>& in,
+                     const wide_t<T>* weights, int64_t weight_row) {
   p.rows = 0;
+  p.pixel = in.pixel(), p.ahead_pixel = in.plan.channels;
   for (int64_t k = 0; k < axis.taps; ++k) {
     const int64_t y = axis.input(t, k);
     if (y < 0 || y >= axis.in) continue;
-    p.in[p.rows] = in + y * row;
+    p.in[p.rows] = in.row(y);
     p.weights[p.rows++] = weights + (axis.first + k * axis.next) * weight_row;
   }
   for (int64_t i = 0; i < 2; ++i) {
-    const int64_t y = axis.input(t + 1, axis.taps - 1) - i;
-    p.ahead[i] = axis.taps && i < axis.step && y >= 0 && y < axis.in ? in + y * row : nullptr;
+    const int64_t y = axis.input(next, axis.taps - 1) - i;
+    const bool wanted = next >= 0 && axis.taps && i < axis.step && y >= 0 && y < axis.in && !in.holds(y);
+    p.ahead[i] = wanted ? in.original(y) : nullptr;
   }
 }
 
@@ -288,124 +322,4 @@ inline void pack_weights(const void* weight, wide_t<T>* packed, int64_t outputs,
   const Range mine = team.share(outputs, 32);
   for (int64_t k = 0; k < taps; ++k)
     for (int64_t o = mine.begin; o < mine.end; ++o) packed[k * outputs + o] = read(from + o * taps + k);
-}
-
-// Moments of the rows of one block. Squares are summed about the mean of what came before: by the kernel that makes a
-// row, but for the first one, which is read again for its own mean while it is in the cache.
-template <class T>
-struct RowMoments {
-  typedef wide_t<T> A;
-  typedef vec_t<T> V;
-  static constexpr int64_t kChunk = 32;  // pixels whose sums are merged
-  A *shift, *sum, *square;
-  double *mean, *m2;
-  int64_t outputs, width, before = 0, chunk = 0;
-
-  template <bool kTail, bool kSquare>
-  DLKERN_INLINE void add(const T* y, int64_t c, int n) {
-    const V about = kSquare ? load<kTail>(shift + c, n) : V{};
-    V s{}, q{};
-    for (int64_t t = 0; t < width; ++t) {
-      const V d = load<kTail>(y + t * outputs + c, n) - about;
-      s += d;
-      if constexpr (kSquare) q = fma(d, d, q);
-    }
-    store<kTail>(sum + c, load<kTail>(sum + c, n) + s, n);
-    if constexpr (kSquare) store<kTail>(square + c, load<kTail>(square + c, n) + q, n);
-  }
-  template <bool kSquare>
-  void pass(const T* y) {
-    int64_t c = 0;
-    for (; c + kLanes<T> <= outputs; c += kLanes<T>) add<false, kSquare>(y, c, kLanes<T>);
-    if (c < outputs) add<true, kSquare>(y, c, (int)(outputs - c));
-  }
-
-  void begin() {
-    before = chunk = 0;
-    std::fill_n(sum, outputs, A(0));
-    std::fill_n(square, outputs, A(0));
-    std::fill_n(mean, outputs, 0.0);
-    std::fill_n(m2, outputs, 0.0);
-  }
-  // A row that was stored, whose sums the kernel has made if it was `measured`.
-  void row(const T* y, bool measured) {
-    if (!measured) {  // the first row: its own mean
-      pass<false>(y);
-      for (int64_t c = 0; c < outputs; ++c) {
-        shift[c] = sum[c] / (A)width;
-        sum[c] = 0;
-      }
-      pass<true>(y);
-    }
-    chunk += width;
-    if (chunk >= kChunk) merge();
-  }
-  void merge() {
-    if (chunk == 0) return;
-    const double count = (double)chunk, inverse = 1 / count, share = count / ((double)before + count);
-    const double weight = (double)before * share;
-    for (int64_t c = 0; c < outputs; ++c) {
-      const double s = sum[c], chunk_mean = shift[c] + s * inverse, chunk_m2 = square[c] - s * (s * inverse);
-      const double delta = chunk_mean - mean[c];
-      mean[c] = before ? mean[c] + delta * share : chunk_mean;
-      m2[c] += chunk_m2 + (before ? delta * delta * weight : 0);
-      shift[c] = (A)mean[c];
-      sum[c] = square[c] = 0;
-    }
-    before += chunk;
-    chunk = 0;
-  }
-};
-
-template <class T>
-void forward_rows(const DepthwiseForwardContext& f, Team team) {
-  typedef wide_t<T> A;
-  const DepthwiseForward& a = f.args;
-  const DepthwiseGeometry& g = a.geometry;
-  const DepthwisePlan& plan = f.plan;
-  const int64_t outputs = plan.outputs;
-  A* weights = reinterpret_cast<A*>(f.common);
-  A* bias = weights + plan.taps * outputs;
-  double* partial = f.common + (plan.taps + 1) * outputs;
-  pack_weights<T>(a.weight, weights, outputs, plan.taps, team);
-  if (a.bias) pack_weights<T>(a.bias, bias, outputs, 1, team);
-  team.barrier();
-  const Axis &rows = plan.rows[0], &columns = plan.columns[0];
-  const bool gathered = g.multiplier > 1;
-  const int64_t row = g.width * g.channels;
-  Correlation<T> p{};
-  p.pixel = g.channels, p.out_pixel = outputs, p.weight_tap = outputs;
-  p.repeats = 1, p.divisor = g.multiplier;
-  p.bias = a.bias ? bias : nullptr;
-  p.activation = a.activation, p.param = a.param;
-  A* mine = reinterpret_cast<A*>(f.scratch + team.rank * plan.per_thread);
-  RowMoments<T> moments{mine, mine + outputs, mine + 2 * outputs, nullptr, nullptr, outputs, g.out_width};
-  p.sum = moments.sum, p.square = moments.square;
-  const bool streaming = streams(static_cast<const T*>(a.y), outputs, plan.row_count * g.out_width * outputs);
-  const Range tasks = team.share(plan.blocks);
-  for (int64_t b = tasks.begin; b < tasks.end; ++b) {
-    const int64_t end = std::min(plan.row_count, (b + 1) * plan.rows_per_block);
-    if (a.mean) {
-      moments.mean = partial + 2 * outputs * b;
-      moments.m2 = moments.mean + outputs;
-      moments.begin();
-    }
-    for (int64_t q = b * plan.rows_per_block; q < end; ++q) {
-      const int64_t t = q % g.out_height;
-      const T* image = static_cast<const T*>(a.x) + q / g.out_height * g.height * row;
-      T* y = static_cast<T*>(a.y) + q * g.out_width * outputs;
-      set_rows(p, rows, t, image, row, weights, g.kernel_w * outputs);
-      const bool measured = a.mean && q > b * plan.rows_per_block;
-      p.shift = measured ? moments.shift : nullptr;
-      p.streaming = streaming && (measured || !a.mean);
-      correlate_row(p, columns, y, outputs, plan.taps, gathered);
-      if (a.mean) moments.row(y, measured);
-    }
-    if (a.mean) moments.merge();
-  }
-  finish_streaming();
-  if (!a.mean) return;
-  team.barrier();
-  const Range finished = team.share(outputs, 32);
-  for (int64_t o = finished.begin; o < finished.end; ++o) finish_moments<A>(a, plan, partial, o);
 }

@@ -10,12 +10,14 @@ template <class T>
 struct Run {
   const T* grad;  // the run's first pixel
   const T* x[3];  // under the first tap of the run's first output
-  int64_t length, pixel, out_pixel, step, spacing, outputs, multiplier;
-  int64_t column, width;        // which column x is, of how many
-  const T *next_grad, *next_x;  // the same places of rows that are needed next, or null
-  int64_t row;                  // elements from one row of x to the next
-  wide_t<T>* sums[3];           // of the first tap, by row
-  int64_t begin, end;           // channels
+  int64_t length, step, spacing, outputs, multiplier;
+  int64_t pixel, out_pixel;            // elements from one pixel to the next, of x and of grad_y
+  int64_t next_pixel, next_out_pixel;  // the same of next_x and next_grad
+  int64_t column, width;               // which column x is, of how many
+  const T *next_grad, *next_x;         // the same places of rows that are needed next, or null
+  int64_t row;                         // elements from one row of x to the next
+  wide_t<T>* sums[3];                  // of the first tap, by row
+  int64_t begin, end;                  // channels
 };
 
 template <class T, int kRows, int kTaps, int kStep, int kWidth, bool kEdge, bool kTail, class V>
@@ -50,15 +52,15 @@ template <class T, int kWidth>
 DLKERN_INLINE void fetch(const Run<T>& run, int64_t t, int64_t c) {
   if ((c * sizeof(T)) % 64 != 0) return;
   if (run.next_grad)
-    for (int i = 0; i < kWidth; ++i) __builtin_prefetch(run.next_grad + (t + i) * run.out_pixel + c);
+    for (int i = 0; i < kWidth; ++i) __builtin_prefetch(run.next_grad + (t + i) * run.next_out_pixel + c, 0, 2);
   if (run.next_x)
     for (int i = 0; i < kWidth; ++i) {
-      const T* x = run.next_x + (t + i) * run.step * run.pixel + c;
-      __builtin_prefetch(x);
+      const T* x = run.next_x + (t + i) * run.step * run.next_pixel + c;
+      __builtin_prefetch(x, 0, 2);
       if (run.step == 2) {
-        __builtin_prefetch(x + run.pixel);
-        __builtin_prefetch(x - run.row);
-        __builtin_prefetch(x - run.row + run.pixel);
+        __builtin_prefetch(x + run.next_pixel, 0, 2);
+        __builtin_prefetch(x - run.row, 0, 2);
+        __builtin_prefetch(x - run.row + run.next_pixel, 0, 2);
       }
     }
 }
@@ -145,7 +147,10 @@ inline RunSummer<T> pick_run(const Axis& axis, int64_t rows, int64_t taps, bool 
   if (gathered) return {&sum_run_gathered<T>, 1, 1};
 #if DLKERN_AVX2
   if (slides(axis, gathered)) return axis.step == 1 ? sliding_run<T, 1>(rows, taps) : sliding_run<T, 2>(rows, taps);
-  if (rows >= 3 && taps == 3) return {&sum_run<T, 3, 3, 0, 1>, 3, 3};
+  if (rows >= 3 && taps == 3) return {&sum_run<T, 3, 3, 0, 2>, 3, 3};
+  if (rows >= 3 && taps == 2) return {&sum_run<T, 3, 2, 0, 2>, 3, 2};
+  if (rows >= 2 && taps == 3) return {&sum_run<T, 2, 3, 0, 2>, 2, 3};
+  if (rows >= 2 && taps == 2) return {&sum_run<T, 2, 2, 0, 2>, 2, 2};
 #else
   (void)axis, (void)rows;
 #endif
@@ -163,6 +168,7 @@ struct RowsGradient {
   const DepthwisePlan& plan;
   const A* weights;
   A *sums, *bias_sums;  // (taps, outputs) and (outputs,) of this thread
+  Rows<T> x, grad;      // of the image
   double* partial;      // (taps + 1, outputs) of the block
   int64_t runs;
 
@@ -195,15 +201,13 @@ struct RowsGradient {
     if (c < plan.outputs) bias_vector<true>(grad, count, c, (int)(plan.outputs - c));
   }
 
-  // Row q of grad_y (of all images) against the rows of x under its taps.
-  void weight_row(int64_t q) {
+  // Row t of grad_y against the rows of x under its taps; `next` is the row that follows, or -1.
+  void weight_row(int64_t t, int64_t next) {
     const Axis &rows = plan.forward_rows[0], &columns = plan.forward_columns[0];
-    const int64_t outputs = plan.outputs, row = g.width * g.channels, t = q % g.out_height;
-    const T* grad = static_cast<const T*>(f.args.grad_y) + q * g.out_width * outputs;
-    const T* image = static_cast<const T*>(f.args.x) + q / g.out_height * g.height * row;
+    const int64_t outputs = plan.outputs;
     if (f.args.grad_bias)
       for (int64_t u = 0; u < g.out_width; u += kRunOutputs)
-        bias(grad + u * outputs, std::min(g.out_width - u, kRunOutputs));
+        bias(grad.original(t) + u * outputs, std::min(g.out_width - u, kRunOutputs));
     if (!f.args.grad_weight) return;
     int64_t first = 0, last = g.kernel_h;
     while (first < last && rows.input(t, first) < 0) ++first;
@@ -216,29 +220,33 @@ struct RowsGradient {
         sliding ? std::pair(&whole, &whole + 1)
                 : std::pair(columns.segments.data(), columns.segments.data() + columns.segments.size());
     Run<T> run{};
-    run.width = g.width, run.row = row;
-    run.pixel = g.channels, run.out_pixel = outputs, run.step = columns.step, run.spacing = columns.spacing;
+    run.width = g.width, run.row = g.width * g.channels;
+    run.pixel = x.pixel(), run.out_pixel = grad.pixel(), run.step = columns.step, run.spacing = columns.spacing;
+    run.next_pixel = g.channels, run.next_out_pixel = outputs;
     run.outputs = outputs, run.multiplier = g.multiplier;
+    const T *own = grad.row(t), *under[kMaxKernel];
+    for (int64_t r = first; r < last; ++r) under[r] = x.row(rows.input(t, r));
+    const int64_t below = next < 0 ? -1 : rows.input(next, rows.taps - 1);
+    const T* next_grad = next < 0 || grad.holds(next) ? nullptr : grad.original(next);
+    const T* next_x = below < 0 || below >= g.height || x.holds(below) ? nullptr : x.original(below);
     for (run.begin = 0; run.begin < outputs; run.begin += block) {
       run.end = std::min(outputs, run.begin + block);
       for (const Segment* s = segments.first; s != segments.second; ++s)
         for (int64_t u = s->begin; u < s->end; u += kRunOutputs) {
           run.length = std::min(s->end - u, kRunOutputs);
-          run.grad = grad + u * outputs;
+          run.grad = own + u * run.out_pixel;
           for (int64_t k = s->tap_begin; k < s->tap_end;) {
             run.column = columns.input(u, k);
             int64_t taken = 1;
             for (int64_t r = first; r < last;) {
               const RunSummer<T> summer = pick_run<T>(columns, last - r, s->tap_end - k, gathered);
               for (int64_t i = 0; i < summer.rows; ++i) {
-                run.x[i] = image + rows.input(t, r + i) * row + run.column * g.channels;
+                run.x[i] = under[r + i] + run.column * run.pixel;
                 run.sums[i] = sums + ((r + i) * g.kernel_w + k) * outputs;
               }
               const bool once = r == first && k == s->tap_begin;
-              const int64_t below = rows.input(t + 1, rows.taps - 1);
-              run.next_grad = once && t + 1 < g.out_height ? run.grad + g.out_width * outputs : nullptr;
-              run.next_x =
-                  once && below >= 0 && below < g.height ? image + below * row + u * run.step * g.channels : nullptr;
+              run.next_grad = once && next_grad ? next_grad + u * outputs : nullptr;
+              run.next_x = once && next_x ? next_x + u * run.step * g.channels : nullptr;
               summer.sum(run);
               taken = summer.taps;
               r += summer.rows;
@@ -251,16 +259,15 @@ struct RowsGradient {
 
   // Row y of grad_x of one image.
   void input_row(int64_t image, int64_t y) {
-    const int64_t out_row = g.out_width * plan.outputs, row = g.width * g.channels;
-    const T* grad = static_cast<const T*>(f.args.grad_y) + image * g.out_height * out_row;
+    const int64_t row = g.width * g.channels;
     T* out = static_cast<T*>(f.args.grad_x) + (image * g.height + y) * row;
     const bool gathered = g.multiplier > 1;
     Correlation<T> p{};
-    p.pixel = plan.outputs, p.out_pixel = g.channels, p.weight_tap = plan.outputs;
+    p.out_pixel = g.channels, p.weight_tap = plan.outputs;
     p.repeats = g.multiplier, p.divisor = 1;
     const int64_t phase = y % g.stride_h, t = y / g.stride_h;
     const Axis& rows = plan.rows[phase];
-    set_rows(p, rows, t, grad, out_row, weights, g.kernel_w * plan.outputs);
+    set_rows(p, rows, t, t + plan.step < rows.out ? t + plan.step : -1, grad, weights, g.kernel_w * plan.outputs);
     p.streaming = streams(static_cast<const T*>(f.args.grad_x), g.channels, g.batch * g.height * row);
     for (const Axis& columns : plan.columns) correlate_row(p, columns, out, g.channels, plan.taps, gathered);
   }
@@ -279,7 +286,17 @@ void backward_rows(const DepthwiseBackwardContext& f, Team team) {
   team.barrier();
   A* mine = reinterpret_cast<A*>(f.scratch + team.rank * plan.per_thread);
   const bool sums = a.grad_weight || a.grad_bias;
-  RowsGradient<T> rows{f, g, plan, weights, mine, mine + plan.taps * outputs, nullptr, 0};
+  double* copies = f.scratch + (team.rank + 1) * plan.per_thread - plan.input_rows.doubles - plan.gradient_rows.doubles;
+  RowsGradient<T> rows{f,
+                       g,
+                       plan,
+                       weights,
+                       mine,
+                       mine + plan.taps * outputs,
+                       {plan.input_rows, reinterpret_cast<T*>(copies)},
+                       {plan.gradient_rows, reinterpret_cast<T*>(copies + plan.input_rows.doubles)},
+                       nullptr,
+                       0};
   std::fill_n(mine, all, A(0));
   const Range tasks = team.share(plan.blocks);
   for (int64_t b = tasks.begin; b < tasks.end; ++b) {
@@ -287,9 +304,11 @@ void backward_rows(const DepthwiseBackwardContext& f, Team team) {
     rows.partial = partial + b * all;
     if (sums) std::fill_n(rows.partial, all, 0.0);
     for (int64_t q = begin; q < end; ++q) {
-      const int64_t image = q / g.out_height, t = q % g.out_height;
+      const int64_t image = q / g.out_height, at = q % g.out_height, t = plan.order[at];
+      rows.x.start(static_cast<const T*>(a.x) + image * g.height * g.width * g.channels);
+      rows.grad.start(static_cast<const T*>(a.grad_y) + image * g.out_height * g.out_width * outputs);
       if (sums) {
-        rows.weight_row(q);
+        rows.weight_row(t, at + 1 < g.out_height ? plan.order[at + 1] : -1);
         rows.runs += divide_up(g.out_width, kRunOutputs);
         if (rows.runs >= kRuns) rows.take();
       }

@@ -31,6 +31,7 @@ int threads_for(const RecurrentSize& s, int threads) {
 void recurrent_forward(const RecurrentForward& given, int threads) {
   RecurrentForward args = given;
   threads = threads_for(args.size, threads);
+  if (args.variant) threads = (int)std::min<int64_t>(threads, args.size.batch);
   std::unique_ptr<double[]> gates;
   if (args.gates == nullptr) {
     gates.reset(new double[args.size.rows * gates_of(args.size) * args.size.hidden]);
@@ -44,6 +45,7 @@ void recurrent_forward(const RecurrentForward& given, int threads) {
 
 void recurrent_backward(const RecurrentBackward& args, int threads) {
   threads = threads_for(args.size, threads);
+  if (args.variant) threads = (int)std::min<int64_t>(threads, args.size.batch);
 #if DLKERN_HAS_AVX2
   if (active_isa() == kAvx2) return run_team(threads, &avx2::recurrent::backward_body, args);
 #endif

@@ -250,8 +250,11 @@ void rnn_backward(const RecurrentBackward& a, const Share& share, Team team) {
   }
 }
 
+#include "recurrent_variants.inl"
+
 template <class T>
 void forward_as(const RecurrentForward& a, Team team) {
+  if (a.variant) return variant_forward<T>(a, team);
   const Share share = share_of(a.size, team);
   switch (a.size.cell) {
     case kLstm:
@@ -267,6 +270,7 @@ void forward_as(const RecurrentForward& a, Team team) {
 
 template <class T>
 void backward_as(const RecurrentBackward& a, Team team) {
+  if (a.variant) return variant_backward<T>(a, team);
   const Share share = share_of(a.size, team);
   switch (a.size.cell) {
     case kLstm:

@@ -64,9 +64,10 @@ struct Share {
 
 inline bool by_batch(const RecurrentSize& s, int threads) { return threads == 1 || s.batch >= 2 * threads; }
 
-inline Share share_of(const RecurrentSize& s, Team team) {
+// With `apart` threads never wait for each other: of few batch elements some threads have none.
+inline Share share_of(const RecurrentSize& s, Team team, bool apart = false) {
   Share share{{0, s.batch}, {0, s.hidden}, {0, s.outputs}, false};
-  if (!by_batch(s, team.size)) {
+  if (!apart && !by_batch(s, team.size)) {
     share.units = team.share(s.hidden, kUnits);
     share.outputs = s.outputs == s.hidden ? share.units : team.share(s.outputs, kUnits);
     share.together = true;

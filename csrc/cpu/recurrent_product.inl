@@ -121,5 +121,3 @@ void sum_product(T* y, int64_t ldy, const T* x, int64_t ldx, int64_t rows, const
   if (rows - r == 2) sum_depth<T, 2, 6>(y + r * ldy, ldy, x + r * ldx, ldx, w, ldw, columns, length);
   if (rows - r == 1) sum_depth<T, 1, 8>(y + r * ldy, ldy, x + r * ldx, ldx, w, ldw, columns, length);
 }
-
-#undef DLKERN_LAMBDA

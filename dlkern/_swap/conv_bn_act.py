@@ -180,10 +180,11 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         return False
     if norm is not None and conv._buffers.get(layer.FOLDED_WEIGHT) is not None:
         return True
-    forced = dispatch.forced(op.NAME)
+    # in training PyTorch's own convolution runs, unless another was forced or measured to be faster
+    asked = dispatch.forced(op.NAME) is not None or dispatch.weighs()
     saves = library.wants_gradient(x, weight, bias)
-    if saves and forced is None:
-        return False  # training: PyTorch's own convolution
+    if saves and not asked:
+        return False
     dtype, device = x.dtype, x.device
     if weight.dtype != dtype or dtype not in DTYPES or weight.device != device or x.size(1) != conv.in_channels:
         return False
@@ -194,7 +195,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         if norm.num_features != conv.out_channels:
             return False
         kind = "batch" if norm.training or mean is None else "running"
-        if kind == "batch" and forced is None:
+        if kind == "batch" and not asked:
             return False
         like = mean if gamma is None else gamma
         if not runtime.agree(x, like):
@@ -207,7 +208,8 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     if size[2] < 1 or size[3] < 1:
         return False  # refused by PyTorch in its own words
     request = op.request_of(x, weight, like, convolution, size, kind, saves, residual, activation.name)
-    return dispatch.choose(op.NAME, request).backend != "torch"
+    choice = dispatch.choose(op.NAME, request, x, weight)
+    return dispatch.recording() or choice.backend != "torch"
 
 
 def fused(conv: Any, norm: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:

@@ -7,6 +7,7 @@ chooses PyTorch's kernels for a call, the module is called as it stands.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,7 +95,7 @@ def separable(trace: Trace, sites: list[Site]) -> set[str]:
 
 
 def described(conv: Any) -> tuple[str, str]:
-    """The backend that a swapped convolution of this device and dtype gets by default, and for which images.
+    """The backend that a swapped convolution of this device and dtype gets by default, and whether it always does.
 
     Raises:
         RuntimeError: a backend was forced that cannot run it.
@@ -103,17 +104,16 @@ def described(conv: Any) -> tuple[str, str]:
         return "torch", f"replaced by a {type(conv).__name__} after the swap"
     flat = (1,) if isinstance(conv, nn.Conv1d) else ()
     chosen = []
-    for channels_last in (False, True):
+    for channels_last, gradients, plane in itertools.product((True, False), (True, False), (1 << 6, 1 << 14)):
         request = op.Request(
             conv.weight.device.type, conv.weight.dtype, channels_last, flat + conv.kernel_size, flat + conv.stride,
-            flat + conv.dilation, conv.out_channels // conv.in_channels, "identity", False,
+            flat + conv.dilation, conv.out_channels // conv.in_channels, "identity", False, gradients, plane,
         )  # type: ignore[arg-type]  # fmt: skip
         chosen.append(dispatch.choose(op.NAME, request))
-    contiguous, last = chosen
-    if contiguous.backend == last.backend:
-        return contiguous
-    ours = next(choice for choice in chosen if choice.backend != "torch")
-    return ours.backend, f"{ours.reason} in {'channels_last' if ours is last else 'contiguous'} images, torch in others"
+    ours = [choice for choice in chosen if choice.backend != "torch"]
+    if not ours or len(ours) == len(chosen):
+        return chosen[0].backend, chosen[0].reason
+    return ours[0].backend, f"{ours[0].reason}; torch for layouts, sizes and passes in which that is faster"
 
 
 # ---------------------------------------------------------------------------------------- runtime
@@ -173,7 +173,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     size = geometry.output_size(x, weight)
     if size[2] < 1 or size[3] < 1 or (kind == "batch" and size[0] * size[2] * size[3] == 1):
         return False  # refused by PyTorch in its own words
-    return chain.choose(x, weight, geometry, kind, saves, False, activation, dtype) != "torch"
+    return dispatch.recording() or chain.choose(x, weight, geometry, kind, saves, False, activation, dtype) != "torch"
 
 
 def _agrees(parameter: Tensor | None, x: Tensor, dtype: torch.dtype) -> bool:
@@ -211,7 +211,8 @@ def takes_alone(conv: Any, x: Any) -> bool:
     size = geometry.output_size(x, weight)
     if size[2] < 1 or size[3] < 1:
         return False
-    return op.choose(x, weight, geometry, "identity", dtype) != "torch"
+    gradients = op.transformed() or library.wants_gradient(x, weight, conv._parameters.get("bias"))
+    return dispatch.recording() or op.choose(x, weight, geometry, "identity", gradients, dtype) != "torch"
 
 
 def fused_alone(conv: Any, x: Tensor) -> Tensor:

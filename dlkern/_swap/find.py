@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from . import atrous, conv_bn_act, depthwise, recurrent, transposed
+from . import atrous, attention, conv_bn_act, depthwise, recurrent, transposed
 from . import batch_norm_act as rule
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
@@ -70,6 +70,7 @@ def find(model: nn.Module, filter_fn: Filter | None) -> Findings:
     _plan_depthwise(model, filter_fn, findings)
     recurrent.add(model, filter_fn, findings.plans, findings.reasons)
     atrous.add(model, filter_fn, findings.plans, findings.reasons)
+    attention.add(model, filter_fn, findings.plans, findings.reasons)
     swapped = {join(path, site.path) for path, plan in findings.plans.items() for site in plan.sites}
     for path, module in model.named_modules():
         if rule.is_candidate(module) and path not in swapped:

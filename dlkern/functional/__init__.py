@@ -5,6 +5,7 @@ from __future__ import annotations
 from .atrous import ConvNorm, aspp, atrous_conv2d
 from .attention import attention
 from .attention_bias import RelativePositionBias, T5Bias
+from .attention_varlen import attention_varlen
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_act, conv_bn_act
 from .depthwise import depthwise_conv2d, depthwise_separable_conv2d
@@ -21,6 +22,7 @@ __all__ = [
     "aspp",
     "atrous_conv2d",
     "attention",
+    "attention_varlen",
     "batch_norm_act",
     "conv_act",
     "conv_bn_act",

@@ -44,7 +44,7 @@ def split(op: Family, x: Tensor, weights: Sequence[Tensor], num_layers: int, dir
 def check_weights(
     op: Family, x: Tensor, weights: Weights, inputs: int, like: Weights | None, ending: str, first: bool
 ) -> None:
-    ih, hh, bias_ih, bias_hh, hr = weights
+    ih, hh, bias_ih, bias_hh, hr = weights[:5]
     base = hh if like is None else like.hh
     if base.dim() != 2 or base.size(0) % op.gates or base.size(0) == 0 or base.size(1) == 0:
         raise ValueError(
@@ -62,7 +62,7 @@ def check_weights(
         raise ValueError(f"weight_ih{ending}: expected 2 dimensions, got shape {tuple(ih.shape)}")
     expected = ((width, inputs), (width, outputs), (width,), (width,), (outputs, hidden))
     dtype, device = x.dtype, x.device
-    for i, value in enumerate(weights):
+    for i, value in enumerate(weights[:5]):
         if value is None:
             continue
         if value.shape != expected[i]:
@@ -147,7 +147,7 @@ def fits(
 
     ``sequences`` are the leading sizes of h and c. What is False here may be right all the same.
     """
-    ih, hh, bias_ih, bias_hh, _ = weights
+    ih, hh, bias_ih, bias_hh = weights[:4]
     if hh.dim() != 2 or (bias_ih is None) != (bias_hh is None):
         return False
     width, hidden = hh.shape

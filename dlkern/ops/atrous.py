@@ -271,6 +271,7 @@ class PooledMean(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------- entry point
+@dispatch.entry
 def apply(
     maps: Sequence[Tensor], parameters: Sequence[tuple[Tensor | None, ...]], options: Sequence[Options]
 ) -> Tensor:
@@ -310,7 +311,7 @@ def choose(maps: Sequence[Tensor], parameters: Sequence[tuple[Tensor | None, ...
             False,
             option.activation.name,
         )
-        backend = dispatch.choose(NAME, request).backend
+        backend = dispatch.choose(NAME, request, x).backend
         if backend == "torch":
             return backend
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

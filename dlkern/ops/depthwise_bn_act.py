@@ -46,7 +46,7 @@ def choose(
     if dispatch.forced("conv_bn_act") is not None:
         return "torch"
     fused = IDENTITY if saves or residual or norm == "batch" else activation
-    return depthwise.choose(x, weight, geometry, fused.name, dtype)
+    return depthwise.choose(x, weight, geometry, fused.name, saves, dtype)
 
 
 def geometry_of(convolution: Convolution) -> Geometry:
@@ -153,7 +153,7 @@ def _normaliser(
     normalised = batch_norm_act.Request(
         request.device, request.dtype, wide, request.channels_last, False, residual, activation.name
     )
-    passes = dispatch.choose(batch_norm_act.NAME, normalised).backend
+    passes = dispatch.choose(batch_norm_act.NAME, normalised, x, weight).backend
     return None if passes == "torch" else passes
 
 

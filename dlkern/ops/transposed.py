@@ -274,6 +274,7 @@ def request_of(
     )
 
 
+@dispatch.entry
 def apply(
     x: Tensor,
     weight: Tensor,
@@ -294,7 +295,7 @@ def apply(
     request = request_of(x, weight, parameter, geometry, norm, saves, activation.name)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     forced = dispatch.forced(NAME)
-    backend = "torch" if transformed and forced is None else dispatch.choose(NAME, request).backend
+    backend = "torch" if transformed and forced is None else dispatch.choose(NAME, request, x, weight).backend
     if transformed and backend != "torch":
         raise RuntimeError(
             f"{NAME}: the {backend} backend has no torch.func transforms and no forward-mode gradients; "

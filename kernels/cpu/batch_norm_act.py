@@ -44,24 +44,21 @@ def forward(
     momentum: float,
     eps: float,
     activation: Activation,
-    overwrite: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd.
 
-    Two arguments the contract has not. With ``overwrite`` y takes the memory of a dense x, by running statistics alone.
-    ``out`` is where y goes, like x in shape and dtype: channels of a dense map that has more, of x's memory format.
+    ``out``: where y goes, like x in shape and dtype: channels of a dense map that has more, of x's memory format. By
+    running statistics it may be x itself.
     """
     if running_mean is None and not batch_stats:
         raise ValueError("running statistics are needed where batch statistics are not used")
-    given, x = x, layout.dense(x)
+    x = layout.dense(x)
     view = layout.of(x)
-    y_step = view.channels * view.inner
     in_place = out is not None and layout.is_part(out, view)
-    if out is not None and in_place:
-        y, y_step = out, layout.step(out, view)
-    else:
-        y = x if overwrite and x is given and not batch_stats else torch.empty_like(x)
+    y = out if in_place else torch.empty_like(x)
+    assert y is not None
+    y_step = layout.step(y, view) if in_place else view.channels * view.inner
     channels = x.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = torch.empty(channels, dtype=wide, device=x.device)

@@ -12,15 +12,13 @@ from torch import Tensor
 from ..activation import Activation
 from ..reference import transposed as reference
 from ..reference.transposed import Geometry, Needs, Request
-from . import batch_norm_act, unavailable
+from . import batch_norm_act, refuses
 from .conv_bn_act import _POST_OPS
 
 
 def supports(request: Request) -> str | None:
     """None for training, and for inference in float32 with what oneDNN fuses; else the reason in words."""
-    if request.device != "cpu":
-        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
-    reason = unavailable()
+    reason = refuses(request.device, ())
     if reason is not None:
         return reason
     if request.norm == "batch" or request.saves:

@@ -29,7 +29,9 @@ class Request(NamedTuple):
     """What an implementation is asked to do; ``supports`` answers to it.
 
     ``device`` is a torch device type; ``channels_last`` is :func:`channels_last` of x; ``kernel``, ``stride`` and
-    ``dilation`` are (height, width); ``activation`` is "identity" in training.
+    ``dilation`` are (height, width); ``activation`` is "identity" in training. For the choice of an implementation
+    alone: ``gradients`` tells whether a backward pass follows, ``plane`` is OH * OW rounded up to a power of two, or 0
+    where it is not known (while torch.compile traces).
     """
 
     device: str
@@ -41,6 +43,8 @@ class Request(NamedTuple):
     multiplier: int
     activation: str
     statistics: bool
+    gradients: bool = False
+    plane: int = 0
 
 
 def supports(request: Request) -> str | None:

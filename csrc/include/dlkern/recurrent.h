@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "dlkern/activation.h"
 #include "dlkern/batch_norm_act.h"  // DType
 
 namespace dlkern {
@@ -24,8 +25,23 @@ struct RecurrentSize {
   bool reverse;
 };
 
+// What a layer does that PyTorch's does not (kernels/reference/recurrent_variants.py). Activations are those of which
+// the derivative can be had from the output, by their codes (activation.h); an RNN's is not in `cell` then.
+struct RecurrentVariant {
+  Activation activation, recurrent_activation;
+  double param, recurrent_param;
+  const void* peephole;                        // LSTM: (3 hidden,)
+  const void *norm_hh, *norm_c, *norm_c_bias;  // (G hidden,), (hidden,): norm_c and its bias are both given or neither
+  const void *zoneout, *dropout;               // (rows, outputs), (batch, outputs)
+  void *normal, *inverse;                      // (rows, G hidden), (rows,): with norm_hh, kept by forward for backward
+  const void* grad_cells;                      // backward: (rows, hidden)
+  void *grad_product, *grad_normal;            // backward: (rows, G hidden) with norm_hh; (rows, hidden) with norm_c
+  void* work;                                  // (batch, G hidden + 2 outputs + 2 hidden)
+};
+
 struct RecurrentForward {
   RecurrentSize size;
+  const RecurrentVariant* variant;  // null: PyTorch's own layer
   // Where x is given, (rows, inputs), x W_ih^T + b_ih is made here from weight_ih (G hidden, inputs) and bias_ih
   // (G hidden,); otherwise `gates` comes in holding it.
   const void *x, *weight_ih, *bias_ih;
@@ -33,8 +49,8 @@ struct RecurrentForward {
   const void* weight_hr;            // LSTM with a projection: (outputs, hidden)
   const void *h0, *c0;              // (batch, outputs), (batch, hidden)
   bool saves;                       // backward will come
-  // (rows, G hidden): read, then overwritten; with `saves` by the activated gates. Null where x is given and backward
-  // will not come: working memory is then allocated here.
+  // (rows, G hidden): read, then overwritten; with `saves`, and in a variant, by the activated gates. Null where x is
+  // given and backward will not come: working memory is then allocated here.
   void* gates;
   void* cells;  // with `saves`, LSTM: (rows, hidden), each step's c
   // GRU: W_hn h + b_hn. LSTM with a projection: h before it. (rows, hidden) with `saves`, else working memory of
@@ -45,6 +61,7 @@ struct RecurrentForward {
 
 struct RecurrentBackward {
   RecurrentSize size;
+  const RecurrentVariant* variant;
   const void* grad_output;  // (rows, outputs)
   const void *weight_hh, *weight_hr, *h0, *c0;
   bool transposed;  // the weights come as (outputs, G hidden), (hidden, outputs): better for more than a few rows

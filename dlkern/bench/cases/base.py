@@ -208,9 +208,9 @@ def chosen(op: str) -> Iterator[list[str]]:
     names: list[str] = []
     original = dispatch.choose
 
-    def choose(op_name: str, request: Any) -> dispatch.Choice:
+    def choose(op_name: str, request: Any, *sizes: Any) -> dispatch.Choice:
         try:
-            choice = original(op_name, request)
+            choice = original(op_name, request, *sizes)
         except RuntimeError as error:
             raise Unsupported(str(error)) from error
         if op_name == op:

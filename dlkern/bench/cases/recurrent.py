@@ -25,7 +25,8 @@ Step = Callable[[], tuple[Tensor, ...]]
 class RecurrentCase:
     """One layer and its input: (steps, batch, hidden) of ``hidden`` inputs, or (batch, hidden) for a cell.
 
-    ``target`` is the least wanted ratio of PyTorch's time to dlkern's, or None.
+    ``target`` is the least wanted ratio of PyTorch's time to dlkern's, or None. What is timed beside a ``variant``, of
+    which PyTorch has no layer, is a loop over steps of the cell, composed of PyTorch's operations.
     """
 
     op: str
@@ -36,10 +37,12 @@ class RecurrentCase:
     packed: bool = False
     cell: bool = False
     target: float | None = None
+    variant: str = ""
 
     def __str__(self) -> str:
         words = [self.op + ("_cell" if self.cell else ""), f"{self.steps}x{self.batch}x{self.hidden}"]
-        return "-".join([*words, "training" if self.training else "inference", *(["packed"] if self.packed else [])])
+        words += ["training" if self.training else "inference", *(["packed"] if self.packed else [])]
+        return "-".join([*words, *([self.variant] if self.variant else [])])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ class RecurrentCase:
             "training": self.training,
             "packed": self.packed,
             "cell": self.cell,
+            "variant": self.variant,
             "dtype": "float32",
         }
 
@@ -81,7 +85,39 @@ def cases() -> list[RecurrentCase]:
         found.append(case(op, 128, batch, training=True, target=training))
     found += [case(op, 128, 16, training=True, packed=True, target=1.3 if op == "lstm" else None) for op in
               ("lstm", "gru")]  # fmt: skip
+    for op, variant in (("lstm", "relu"), ("lstm", "layer_norm"), ("lstm", "peephole"), ("lstm", "zoneout"),
+                        ("gru", "layer_norm")):  # fmt: skip
+        for batch in (1, 16):
+            found += [case(op, 128, batch, training=training, variant=variant, target=5.0 if training else 3.0)
+                      for training in (False, True)]  # fmt: skip
     return [*found, RecurrentCase("gru", 64, 32, 512, True), RecurrentCase("lstm", 64, 32, 512, True)]
+
+
+#: Of dlkern.nn's layers and cells; zoneout is that of evaluation, which draws nothing.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "relu": {"activation": "relu"},
+    "layer_norm": {"layer_norm": True},
+    "peephole": {"peephole": True},
+    "zoneout": {"zoneout": 0.1},
+}
+
+
+class _Loop(nn.Module):
+    """A layer as a loop over its steps; the weights are those that the layer would have, under their names."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, hx: Any) -> Any:
+        outputs = []
+        state = tuple(s[0] for s in hx) if isinstance(hx, tuple) else hx[0]
+        with dlkern.backend("torch"):
+            for t in range(x.size(0)):
+                state = self.cell(x[t], state)
+                outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs), state
 
 
 class RecurrentProblem:
@@ -100,11 +136,15 @@ class RecurrentProblem:
 
     def module(self, home: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
         """torch.nn's or dlkern.nn's, with the same weights at each call."""
+        case, loops = self.case, bool(self.case.variant) and home is nn
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            name = self.case.op.upper() + ("Cell" if self.case.cell else "")
-            made: nn.Module = getattr(home, name)(self.case.hidden, self.case.hidden)
-        return made.to(dtype)
+            name = case.op.upper() + ("Cell" if case.cell or loops else "")
+            made: nn.Module = getattr(dlkern.nn if loops else home, name)(
+                case.hidden, case.hidden, **VARIANTS[case.variant]
+            )
+        made = made.to(dtype).train(case.variant != "zoneout")
+        return _Loop(made) if loops else made
 
     def step(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
         """The timed call: the forward, and in training the backward to the input and every parameter."""
