@@ -37,7 +37,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         return False
     if norm is not None and conv._buffers.get(conv_bn_act.FOLDED_WEIGHT) is not None:
         return True
-    forced = dispatch.forced(op.NAME)
+    asked = dispatch.forced(op.NAME) is not None or dispatch.weighs()
     saves = library.wants_gradient(x, weight, bias)
     like, kind = None, "none"
     if norm is not None:
@@ -49,14 +49,14 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         if not runtime.agree(x, like):
             return False
         saves = saves or library.wants_gradient(gamma, own(norm, norm._parameters, "bias"))
-    if (saves or kind == "batch") and forced is None:
+    if (saves or kind == "batch") and not asked:
         return False  # training: PyTorch's own convolution
     geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
     size = geometry.output_size(x, weight)
     if size[2] < 1 or size[3] < 1 or (kind == "batch" and size[0] * size[2] * size[3] == 1):
         return False  # refused by PyTorch in its own words
     request = op.request_of(x, weight, like, geometry, kind, saves, activation.name)
-    return dispatch.choose(op.NAME, request).backend != "torch"
+    return dispatch.recording() or dispatch.choose(op.NAME, request, x, weight).backend != "torch"
 
 
 def fused(conv: Any, norm: Any, x: Tensor, activation: Activation) -> Tensor:

@@ -231,7 +231,13 @@ def _measure(
     found = _from_first(lambda: _raced(recorded, places, effort, say))
     answers.put(found.fresh.items())
     kept = {path for path, site in found.sites.items() if site.kept}
-    default(lambda module, path: path in kept and (filter_fn is None or filter_fn(module, path)))
+
+    def is_kept(module: nn.Module, path: str) -> bool:
+        # the layers inside of a block that is one site (ASPP) are asked for, too
+        inside = path in kept or any(path.startswith(f"{site}.") for site in kept)
+        return inside and (filter_fn is None or filter_fn(module, path))
+
+    default(is_kept)
     return found
 
 
