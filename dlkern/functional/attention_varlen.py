@@ -11,7 +11,8 @@ from dlkern.kernels.reference.attention import Extras, Options
 from dlkern.ops import attention as _attention
 from dlkern.ops.library import unwatched
 
-from .attention import Window, _autocast, _band, _check_options, _check_tensors
+from .arguments import autocast
+from .attention import Window, _band, _check_options, _check_tensors
 from .attention_bias import T5Bias, check_values
 
 #: More than any length: a limit of the band that might hide something in one of the sequences stays.
@@ -65,7 +66,7 @@ def attention_varlen(
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
         if t.dim() != 3:
             raise ValueError(f"{name}: expected (total length, heads, dim), got shape {tuple(t.shape)}")
-    query, key, value = (t.transpose(0, 1) for t in _autocast(query, key, value))
+    query, key, value = (t.transpose(0, 1) for t in autocast(query, key, value))
     _check_tensors(query, key, value, enable_gqa)
     _check_options(dropout_p, causal_alignment, scale, softcap)
     heads, queries, keys = query.shape[0], query.shape[1], key.shape[1]
