@@ -221,7 +221,9 @@ def apply(
     inputs = (query, key, value, *extras, *options, backend)
     # forward mode: a Function without a jvp raises, where an op without one would drop the tangent
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _TransformedFunction.apply(*inputs)
-    if library.wants_gradient(query, key, value, extras.mask, extras.bias, extras.table):
-        return AttentionFunction.apply(*inputs)
-    return (_forward if library.unwatched(query) else forward_op)(*inputs)
+        out, lse = _TransformedFunction.apply(*inputs)
+    elif library.wants_gradient(query, key, value, extras.mask, extras.bias, extras.table):
+        out, lse = AttentionFunction.apply(*inputs)
+    else:
+        out, lse = (_forward if library.unwatched(query) else forward_op)(*inputs)
+    return out, lse if return_lse else None
