@@ -73,7 +73,8 @@ stage_info() {
     fi
 }
 
-LAUNCHES=(tests/test_triton_launch.py tests/test_conv_bn_act_triton.py tests/test_depthwise_triton.py)
+LAUNCHES=(tests/test_triton_launch.py tests/test_conv_bn_act_triton.py tests/test_depthwise_triton.py
+    tests/test_transposed_triton.py)
 
 stage_launches() {
     if ((dry)); then
@@ -115,7 +116,7 @@ stage_ops() {
         return
     fi
     local op
-    for op in batch_norm_act conv_bn_act depthwise; do
+    for op in batch_norm_act conv_bn_act depthwise atrous transposed; do
         bench $op -k "not compile" --min-seconds 0.15 || return 1
     done
 }
@@ -127,7 +128,7 @@ stage_compile() {
         return
     fi
     local op
-    for op in batch_norm_act conv_bn_act depthwise; do
+    for op in batch_norm_act conv_bn_act depthwise atrous transposed; do
         bench $op -k "compile" --min-seconds 0.15 --results-suffix=-compile || return 1
     done
 }

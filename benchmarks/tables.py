@@ -40,7 +40,10 @@ def _added(row: dict[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------- ops
 Key = tuple[Any, ...]
-_FACTS = ("shape", "out_channels", "kernel", "stride", "dilation", "format", "residual", "training", "dtype")
+_FACTS = (
+    *("shape", "out_channels", "kernel", "stride", "dilation", "rates", "separable"),
+    *("format", "residual", "training", "dtype"),
+)
 
 
 def _by_case(rows: Rows) -> dict[Key, dict[str, dict[str, Any]]]:
@@ -80,6 +83,21 @@ def conv_bn_act(rows: Rows) -> list[str]:
 
 def depthwise(rows: Rows) -> list[str]:
     return _op(rows, ["case", "input", "kernel"], lambda row: [_mode(row), _shape(row["shape"]), _window(row)])
+
+
+def transposed(rows: Rows) -> list[str]:
+    def describe(row: dict[str, Any]) -> list[str]:
+        return [_mode(row), f"{_shape(row['shape'])} -> {row['out_channels']}", _window(row)]
+
+    return _op(rows, ["case", "input", "kernel"], describe)
+
+
+def atrous(rows: Rows) -> list[str]:
+    def describe(row: dict[str, Any]) -> list[str]:
+        kind = f"{'separable ' if row['separable'] else ''}ASPP, rates {', '.join(map(str, row['rates']))}"
+        return [f"{kind}, {_mode(row)}", f"{_shape(row['shape'])} -> {row['out_channels']}"]
+
+    return _op(rows, ["case", "input"], describe)
 
 
 def _window(row: dict[str, Any]) -> str:
@@ -177,6 +195,25 @@ def recurrent(rows: Rows) -> list[str]:
     return table(heads, lines)
 
 
+def attention(rows: Rows) -> list[str]:
+    """PyTorch's time / dlkern's, a line per case and backend."""
+    lines = [
+        [
+            f"{row['kind']}, lengths {min(row['lengths'])} to {max(row['lengths'])}" if row["lengths"] else row["kind"],
+            " x ".join(str(row[name]) for name in ("batch", "heads", "length", "dim")),
+            _mode(row),
+            row["dtype"],
+            f"{row['row']} ({row['backend']})",
+            _milliseconds(row, "eager"),
+            _paired(row, row["row"]),
+            f">= {row['target']}" if row.get("target") else "",
+        ]
+        for row in rows
+    ]
+    heads = ["kind", "batch x heads x length x dim", "mode", "dtype", "row (backend)", "PyTorch ms", "PyTorch / row"]
+    return table([*heads, "target"], lines)
+
+
 def device(rows: Rows) -> list[str]:
     """The device's own ceilings."""
     lines = [[row["what"], f"{row['rate']:.4g} {row['unit']}"] for row in rows]
@@ -211,9 +248,12 @@ def _suite_bars(rows: Rows) -> list[Bar]:
 
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
+    "attention": attention,
     "batch_norm_act": batch_norm_act,
     "conv_bn_act": conv_bn_act,
     "depthwise": depthwise,
+    "atrous": atrous,
+    "transposed": transposed,
     "call_overhead": call_overhead,
     "device": device,
     "recurrent": recurrent,
@@ -226,6 +266,8 @@ BARS: dict[str, Callable[[Rows], list[Bar]]] = {
     "batch_norm_act": _op_bars,
     "conv_bn_act": _op_bars,
     "depthwise": _op_bars,
+    "atrous": _op_bars,
+    "transposed": _op_bars,
     "models": _model_bars,
     "suite": _suite_bars,
 }

@@ -48,10 +48,68 @@ def _explain(arguments: argparse.Namespace) -> int:
         model = models.build(arguments.model)
     except models.ModelError as error:
         return _fail(error, 2)
+    if arguments.measured:
+        arguments.suite = False
+        return _tune(arguments)
     from ._swap import explain
 
     print(explain(model))
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    if arguments.suite == (arguments.model is not None):
+        return _fail("tune: expected MODEL or --suite", 2)
+    from . import models
+    from .bench import measure
+    from .tuning import cache, command
+
+    try:
+        device = command.checked_device(arguments.device)
+        if arguments.own_process:  # and no test's or notebook's
+            measure.restart_stable()
+        if arguments.suite:
+            print(f"{command.suite(device)} calls raced")
+        else:
+            print(
+                command.model(
+                    arguments.model,
+                    training=arguments.training,
+                    batch=arguments.batch or (64 if device.type == "cuda" else 8),
+                    image_size=arguments.image_size or (224 if device.type == "cuda" else 96),
+                    dtype=arguments.dtype or "float32",
+                    device=device,
+                    any_format=arguments.channels_last,
+                )
+            )
+    except models.ModelError as error:
+        return _fail(error, 2)
+    except ValueError as error:
+        return _fail(error, 2)
+    print(f"\nremembered in {cache.path(cache.identity(device.type))}")
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from .tuning import cache
+
+    if arguments.what == "clear":
+        count = cache.clear()
+        print(f"{count} file{'' if count == 1 else 's'} removed from {cache.folder()}")
+    else:
+        print(cache.show())
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    try:
+        found = list(doctor.examine(backends=tuple(arguments.backend)))
+    except ValueError as error:
+        return _fail(error, 2)
+    print(doctor.render(found))
+    return 1 if any(finding.state == "broken" for finding in found) else 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -93,8 +151,15 @@ def _bench(arguments: argparse.Namespace) -> int:
         json=arguments.json,
         csv=arguments.csv,
         plot=arguments.plot,
+        html=arguments.html,
     )
     try:
+        if arguments.compare:
+            from .bench import difference
+
+            found = difference.compare(*map(difference.load, arguments.compare))
+            print(difference.render(found))
+            return 1 if found.reddened else 0
         if arguments.list:
             print(command.listing(settings))
             return 0
@@ -151,7 +216,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="torchvision:NAME, timm:NAME, package.module:FUNCTION or path/to/file.py:FUNCTION",
     )
+    explain.add_argument(
+        "--measured", action="store_true", help="measure each site on random images, as dlkern tune does"
+    )
+    _add_sample(explain)
     explain.set_defaults(run=_explain)
+    _add_tuning(commands)
 
     demo = commands.add_parser(
         "demo",
@@ -175,6 +245,55 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_bench(commands)
     return parser
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    """What a model is measured on."""
+    sample = parser.add_argument_group("what is measured")
+    mode = sample.add_mutually_exclusive_group()
+    mode.add_argument("--train", dest="training", action="store_true", default=True, help="a training step (default)")
+    mode.add_argument("--infer", dest="training", action="store_false", help="inference")
+    sample.add_argument("--batch", type=_positive, metavar="N", help="images (default: 8 on a CPU, 64 on CUDA)")
+    sample.add_argument("--image-size", type=_positive, metavar="N", help="height and width (default: 96, 224)")
+    sample.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="autocast's (default: float32)")
+    sample.add_argument("--channels-last", action="store_true", help="try this memory format as well")
+    sample.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+
+
+def _add_tuning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure which backend is fastest at each site of a model, and remember it",
+        description="Record what a model asks for on random images, check each backend against PyTorch on every shape, "
+        "time those that are right, print the choice with its ratio per site, and remember it for "
+        'dlkern.swap(model, sample=batch, policy="measured").',
+        epilog="example: dlkern tune torchvision:mobilenet_v2 --infer",
+    )
+    tune.add_argument("model", metavar="MODEL", nargs="?", help="named as for explain")
+    tune.add_argument("--suite", action="store_true", help="the quick cases of dlkern bench instead of a model")
+    _add_sample(tune)
+    tune.set_defaults(run=_tune)
+
+    cache = commands.add_parser(
+        "cache",
+        help="the measurements that are remembered: show them, or clear them",
+        description="Show the tuning cache's folder and answers, or remove them. DLKERN_CACHE_DIR names the folder.",
+        epilog="example: dlkern cache show",
+    )
+    cache.add_argument("what", choices=("show", "clear"))
+    cache.set_defaults(run=_cache)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="run every op of every available backend once, and say what is broken and what to do",
+        description="Run every op that an available backend has on a small case, forward and backward, and hold it to "
+        "the parity rule. Exit code 1 where one is broken.",
+        epilog="example: dlkern doctor",
+    )
+    doctor.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="only this backend, also where it is emulated"
+    )
+    doctor.set_defaults(run=_doctor)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -223,6 +342,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     out.add_argument("--json", metavar="FILE.json", help="everything, with versions, commit, date and device")
     out.add_argument("--csv", metavar="FILE.csv", help="a line per row")
     out.add_argument("--plot", metavar="FILE.png", help="a picture of the ratios (also .pdf, .svg)")
+    out.add_argument("--html", metavar="FILE.html", help="one page with a sortable table and charts")
+    out.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing: print what moved between two files of --json beyond the noise",
+    )
     bench.set_defaults(run=_bench)
 
 

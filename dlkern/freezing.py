@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlkern.kernels.cpu import transposed as transposed_kernels
 from dlkern.kernels.cpu.conv_bn_act import fold
+from dlkern.nn.atrous import ASPP, parts_of
 from dlkern.nn.conv_bn_act import FOLDED_BIAS, FOLDED_WEIGHT, ConvBNAct2d
 from dlkern.nn.depthwise import DepthwiseConv2d, DepthwiseSeparableConv2d
+from dlkern.nn.transposed import ConvTransposeBNAct2d
 
 from ._swap import check, swap
 from ._swap.classes import plan_of
 from ._swap.find import join
+
+Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -90,23 +95,25 @@ def is_frozen(model: nn.Module) -> bool:
     return any(FOLDED_WEIGHT in m._buffers for m in model.modules())
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.modules.batchnorm._BatchNorm]]:
+def _pairs(model: nn.Module) -> Iterator[tuple[Convolution, nn.modules.batchnorm._BatchNorm]]:
     """Each convolution with the batch norm behind it, of swapped sites and of dlkern.nn's layers."""
     modules = dict(model.named_modules())
     seen = set()
     for path, module in modules.items():
         found: list[tuple[Any, Any]] = []
-        if isinstance(module, ConvBNAct2d):
+        if isinstance(module, (ConvBNAct2d, ConvTransposeBNAct2d)):
             found.append((module.conv, module.bn))
         elif isinstance(module, DepthwiseSeparableConv2d):
             found += [(module.depthwise, module.depthwise_norm), (module.pointwise, module.pointwise_norm)]
+        elif isinstance(module, ASPP) and not isinstance(parts := parts_of(module), str):
+            found += [(part.conv, part.norm) for part in (*parts.branches, parts.pooled, parts.projection)]
         plan = plan_of(module)
         for site in () if plan is None else plan[1].sites:
             if site.conv is not None:
                 found.append((modules.get(join(path, site.conv)), modules.get(join(path, site.path))))
         for conv, norm in found:
             if (
-                type(conv) in (nn.Conv2d, DepthwiseConv2d)
+                type(conv) in (nn.Conv2d, nn.ConvTranspose2d, DepthwiseConv2d)
                 and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
                 and norm.running_mean is not None
                 and id(conv) not in seen
@@ -116,16 +123,18 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.modules.batchnorm._
 
 
 @torch.no_grad()
-def _folded(conv: nn.Conv2d, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+def _folded(conv: Convolution, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of the folded convolution, in the convolution's dtype (made in float64)."""
 
     def wide(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().double()
 
-    weight, bias = fold(
-        conv.weight.detach().double(), wide(conv.bias), wide(norm.weight), wide(norm.bias),
-        wide(norm.running_mean), wide(norm.running_var), norm.eps,
-    )  # type: ignore[arg-type]  # fmt: skip
+    tensors: Any = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    inputs: Any = (*map(wide, tensors), norm.eps)
+    if isinstance(conv, nn.ConvTranspose2d):
+        weight, bias = transposed_kernels.fold(*inputs, conv.groups)
+    else:
+        weight, bias = fold(*inputs)
     dtype = conv.weight.dtype
     return torch.empty_like(conv.weight).copy_(weight), bias.to(dtype)
 

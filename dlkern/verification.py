@@ -40,6 +40,7 @@ class VerifyRow:
 
     @property
     def ok(self) -> bool:
+        """Whether the difference is within what is allowed."""
         return self.difference <= self.allowed  # False for NaN
 
 
@@ -52,10 +53,12 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
+        """Whether every row is."""
         return all(row.ok for row in self.rows)
 
     @property
     def failed(self) -> list[VerifyRow]:
+        """The rows that are not ok."""
         return [row for row in self.rows if not row.ok]
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -49,7 +50,7 @@ def test_the_default_is_sdpa_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     original = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append((a, k)) or original(*a, **k))
     q, k, v = (t.requires_grad_() for t in _qkv())
-    with spied() as ran:
+    with spied() as ran, dlkern.backend(attention="torch") if DEVICE == "cpu" else contextlib.nullcontext():
         out = attention(q, k, v, is_causal=True)
     assert not ran
     (((q_, k_, v_, mask, dropout, causal), options),) = calls
@@ -76,16 +77,25 @@ def test_a_band_that_hides_nothing_is_none(options: dict[str, Any], keys: int, m
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: masks.append(a[3:6]) or original(*a, **k))
     queries = 1 if options.get("is_causal") else 6
     q, k, v = _qkv(2, 4, queries, 8, keys=keys)
-    attention(q, k, v, **options)
+    attention(q, k, v, **options)  # plain attention, which is PyTorch's by default
     assert masks == [(None, 0.0, False)]
 
 
 def test_default_order() -> None:
-    request = reference.Request(
+    plain = reference.Request(
         "cpu", torch.float32, 64, 64, 1, "none", "none", "none", False, False, False, False, False, False
     )
-    for device in ("cpu", "cuda"):
-        assert dispatch.choose("attention", request._replace(device=device)).backend == "torch"
+
+    def chosen(**options: Any) -> str:
+        return dispatch.choose("attention", plain._replace(**options)).backend
+
+    ours = "torch" if dispatch.unavailable("cpu") else "cpu"
+    assert chosen() == chosen(device="cuda") == chosen(device="cuda", padding=True) == "torch"
+    assert chosen(mask="bool", short=True) == chosen(dtype=torch.float64, padding=True) == "torch"
+    for option in ("padding", "lengths", "slopes", "dropout", "banded", "softcap", "sequences"):
+        assert chosen(**{option: True}) == chosen(**{option: True}, short=True) == ours, option
+    for option in ({"mask": "bool"}, {"mask": "float"}, {"bias": "dense"}, {"table": "positions"}):
+        assert chosen(**option) == ours, option
 
 
 def test_function_is_what_runs() -> None:
@@ -336,9 +346,9 @@ def check_op(backend: str, layout: str, *, autograd: bool) -> None:
     padding = torch.zeros(2, 7, dtype=torch.bool, device=DEVICE)
     extras = (
         mask, bias, table, index, padding, torch.tensor([7, 3], device=DEVICE), torch.rand(1, 4, device=DEVICE),
-        torch.tensor([SEED], device=DEVICE),
+        torch.tensor([SEED], device=DEVICE), None, None,
     )  # fmt: skip
-    options = (0.3, -5, 2, 1, 2.0, 0.25)
+    options = (0.3, -5, 2, 1, 2.0, 0.25, False)
     tests: tuple[str, ...] = ("test_schema", "test_faketensor")
     if autograd:
         tests += ("test_autograd_registration", "test_aot_dispatch_dynamic")

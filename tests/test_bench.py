@@ -22,8 +22,10 @@ import dlkern
 from dlkern import cli, dispatch, info
 from dlkern.bench import cases, measure, models, ops, suite
 from dlkern.bench import parity as packaged_parity
-from dlkern.bench.cases import base, batch_norm_act, conv_bn_act, depthwise
+from dlkern.bench.cases import atrous, base, batch_norm_act, conv_bn_act, depthwise, transposed
 
+#: Ops whose cases come with a residual, too.
+WITH_RESIDUAL = ("batch_norm_act", "conv_bn_act")
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
@@ -68,6 +70,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_norm_act, "SHAPES", ((5, 4, 3),))
     monkeypatch.setattr(depthwise, "SHAPES", (depthwise.Shape(4, 6),))
     monkeypatch.setattr(conv_bn_act, "SHAPES", (conv_bn_act.Shape(4, 5, 6, 3, stride=2),))
+    monkeypatch.setattr(transposed, "SHAPES", (transposed.Shape(4, 3, 5),))
+    monkeypatch.setattr(atrous, "SHAPES", (atrous.Shape(4, 5, (1, 2), separable=True, out_channels=3),))
     monkeypatch.setattr(depthwise, "SHAPES", (depthwise.Shape(4, 6),))
 
 
@@ -103,7 +107,7 @@ def test_cases_can_be_told_apart(op: str, device_type: str) -> None:
     assert len({json.dumps(case.facts, sort_keys=True) for case in found}) == len(found)
     quick = [case for case in found if case.quick]
     assert {case.training for case in quick} == {True, False}
-    assert any(case.residual for case in quick) == (op != "depthwise")
+    assert any(case.residual for case in quick) == (op in WITH_RESIDUAL)
     assert len({case.dtype for case in quick}) == 1
     assert {case.shape[0] for case in found} == {64 if device_type == "cuda" else 8}
     assert {str(case.dtype) for case in found} == (
@@ -133,7 +137,7 @@ def test_the_wanted_shapes_are_there() -> None:
 @pytest.mark.parametrize("op", list(cases.OPS))
 def test_every_kind_of_case_runs(op: str, dtype: torch.dtype) -> None:
     found = cases.of(op, "cpu", batch=2, dtypes=(dtype,))
-    assert len(found) == (4 if op == "depthwise" else 8)  # layout, training, and with a batch norm residual
+    assert len(found) == (8 if op in WITH_RESIDUAL else 4)  # layout, training, and residual
     for case in found:
         result = ops.run(case, "dlkern", CPU, 0.0)
         assert result.red is None, f"{case}: {result.red}"
@@ -149,14 +153,16 @@ def test_every_kind_of_case_runs(op: str, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("op", list(cases.OPS))
 def test_each_result_of_a_call_is_held_to_the_rule(op: str) -> None:
-    normalised = op != "depthwise"
-    case = next(c for c in cases.of(op, "cpu", batch=2) if c.training and c.residual == normalised)
+    added, convolves = op in WITH_RESIDUAL, op in ("conv_bn_act", "depthwise", "transposed")
+    case = next(c for c in cases.of(op, "cpu", batch=2) if c.training and c.residual == added)
     problem = cases.Problem(case, CPU)
     eager = problem.step(problem.module("eager"))
     names = problem.names()
     assert {"y", "dx"} <= set(names)
-    assert ({"dbn.weight", "dbn.bias", "dresidual"} <= set(names)) == normalised
-    assert ("dconv.weight" in names) == (op != "batch_norm_act")
+    assert ("dresidual" in names) == added
+    assert ({"dbn.weight", "dbn.bias"} <= set(names)) == (added or op == "transposed")
+    assert ("dconv.weight" in names) == convolves
+    assert ("dblock.convs.1.0.0.weight" in names) == (op == "atrous")
     problem.check(eager, eager)
     for index, name in enumerate(names):
 

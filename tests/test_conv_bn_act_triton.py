@@ -85,7 +85,8 @@ def test_every_configuration(mode: str, dtype: torch.dtype, launch: Launch, monk
     monkeypatch.setattr(gemm_plan, "mode", lambda *a, **k: modes.append(original(*a, **k)) or modes[-1])
     shapes, norm = (_SHAPES, "batch") if launch.block_m > 32 else (_SMALLER, "running")
     check(shapes[mode]._replace(dtype=dtype, norm=norm), TARGET)
-    assert modes == [_CODES[mode]] * 3
+    of_gradient = gemm.PHASES.value if mode == "tap_loop" else _CODES[mode]  # (its case has a stride)
+    assert modes == [_CODES[mode], of_gradient, _CODES[mode]]
 
 
 @pytest.mark.gpu
@@ -108,6 +109,7 @@ def test_the_configurations_above_are_all_there_are() -> None:
         ):
             with pytest.MonkeyPatch.context() as patch:
                 _allow_tf32(patch, tf32)
+                assert gemm_plan.table(dtype, gemm.PHASES.value) == gemm_plan.table(dtype, gemm.TAP_LOOP.value)
                 for launch in gemm_plan.table(dtype, code):
                     assert (mode, launch) in seen
                     # a loop over taps and channels, and one over taps, were not seen right with 8 warps

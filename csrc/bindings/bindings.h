@@ -11,6 +11,7 @@ namespace dlkern::bindings {
 
 inline void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+void attention(py::module_& m);
 void batch_norm_act(py::module_& m);
 void cuda(py::module_& m);
 void depthwise(py::module_& m);

@@ -58,6 +58,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of dlkern over raw addresses; call them through dlkern.kernels.";
+  dlkern::bindings::attention(m);
   dlkern::bindings::batch_norm_act(m);
   dlkern::bindings::cuda(m);
   dlkern::bindings::depthwise(m);

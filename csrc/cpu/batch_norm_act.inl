@@ -177,6 +177,7 @@ struct BackwardPasses {
   // The second makes the centred grad_x.
   bool second;
   const void* grad;    // what it reads: dz, or the gradient of the output
+  int64_t grad_step;   // (see BatchNormActBackward)
   bool differentiate;  // whether that is the gradient of the output
   void* second_dz;     // where it stores dz, or null
 };
@@ -196,6 +197,7 @@ inline BackwardPasses passes_of(const BatchNormActBackward& a) {
     p.second_dz = a.grad_residual;
   p.differentiate = !(p.second && p.first_dz);
   p.grad = p.differentiate ? a.grad_y : p.first_dz;
+  p.grad_step = p.differentiate ? a.grad_y_step : a.geometry.channels * a.geometry.inner;
   return p;
 }
 

@@ -141,10 +141,12 @@ struct Channel {
   const Geometry& geometry;
   int64_t c;
 
-  DLKERN_INLINE int64_t offset(int64_t piece) const {
+  DLKERN_INLINE int64_t offset(int64_t piece) const { return offset(piece, geometry.channels * geometry.inner); }
+  // In a map of `step` elements an image.
+  DLKERN_INLINE int64_t offset(int64_t piece, int64_t step) const {
     int64_t image = piece, part = 0;
     if (plan.parts > 1) image = piece / plan.parts, part = piece % plan.parts;
-    return (image * geometry.channels + c) * geometry.inner + part * plan.part_length;
+    return image * step + c * geometry.inner + part * plan.part_length;
   }
   DLKERN_INLINE int64_t length(int64_t piece) const {
     if (plan.parts == 1) return geometry.inner;
@@ -162,17 +164,18 @@ struct Channel {
   }
 };
 
-// Runs a kernel that accumulates over the pieces of a chunk; bind(kernel, offset) sets its pointers, flush(kernel)
-// takes its sums after each kRun elements or so.
+// Runs a kernel that accumulates over the pieces of a chunk; bind(kernel, offset, offset in a map of owner.step
+// elements an image) sets its pointers, flush(kernel) takes its sums after each kRun elements or so.
 template <class Kernel, class Owner>
 DLKERN_INLINE void over_chunk(Kernel& k, Owner& owner, const Channel& channel, Range chunk) {
   int64_t pending = 0;
   k.ahead = channel.plan.ahead;
   for (int64_t p = chunk.begin; p < chunk.end; ++p) {
     int64_t at = channel.offset(p), left = channel.length(p);
+    const int64_t further = owner.step ? channel.offset(p, owner.step) - at : 0;
     while (left > 0) {
       const int64_t n = std::min(left, kRun);
-      owner.bind(k, at);
+      owner.bind(k, at, at + further);
       over(k, n);
       at += n, left -= n, pending += n;
       if (pending >= kRun) owner.flush(k), pending = 0;
@@ -183,19 +186,21 @@ DLKERN_INLINE void over_chunk(Kernel& k, Owner& owner, const Channel& channel, R
 
 template <class T>
 struct SumOwner {
+  static constexpr int64_t step = 0;
   const T* x;
   Total<vec_t<T>> sum;
 
-  DLKERN_INLINE void bind(PlaneSum<T>& k, int64_t at) const { k.x = x + at; }
+  DLKERN_INLINE void bind(PlaneSum<T>& k, int64_t at, int64_t) const { k.x = x + at; }
   DLKERN_INLINE void flush(PlaneSum<T>& k) { sum.take(k.sum); }
 };
 
 template <class T>
 struct MomentsOwner {
+  static constexpr int64_t step = 0;
   const T* x;
   Total<vec_t<T>> sum, square;
 
-  DLKERN_INLINE void bind(PlaneMoments<T>& k, int64_t at) const { k.x = x + at; }
+  DLKERN_INLINE void bind(PlaneMoments<T>& k, int64_t at, int64_t) const { k.x = x + at; }
   DLKERN_INLINE void flush(PlaneMoments<T>& k) { sum.take(k.sum), square.take(k.square); }
 };
 
@@ -239,7 +244,7 @@ void plane_apply(const BatchNormActForward& a, const Channel& channel, Range pie
     const int64_t at = channel.offset(p), n = channel.length(p);
     k.x = static_cast<const T*>(a.x) + at;
     if constexpr (kResidual) k.residual = static_cast<const T*>(a.residual) + at;
-    k.y = static_cast<T*>(a.y) + at;
+    k.y = static_cast<T*>(a.y) + channel.offset(p, a.y_step);
     k.streaming = channel.plan.streaming && a.y != a.x && whole_lines(k.y, n);
     over(k, n);
   }
@@ -323,10 +328,11 @@ template <class T, int kShape, int kSource>
 struct ReduceOwner {
   const BatchNormActBackward& a;
   const BackwardPasses& passes;
+  int64_t step;
   Total<vec_t<T>> sum, dot;
 
-  DLKERN_INLINE void bind(PlaneReduce<T, kShape, kSource>& k, int64_t at) const {
-    k.g = static_cast<const T*>(a.grad_y) + at;
+  DLKERN_INLINE void bind(PlaneReduce<T, kShape, kSource>& k, int64_t at, int64_t at_gradient) const {
+    k.g = static_cast<const T*>(a.grad_y) + at_gradient;
     k.x = static_cast<const T*>(a.x) + at;
     if constexpr (kSource != kFromInput) k.other = static_cast<const T*>(passes.other) + at;
     if (passes.first_dz) k.dz = static_cast<T*>(passes.first_dz) + at;
@@ -342,7 +348,7 @@ Sums plane_reduce(const BatchNormActBackward& a, const BackwardPasses& passes, c
   PlaneReduce<T, kShape, kSource> k{};
   k.mean = V{} + affine.mean, k.scale = V{} + affine.scale, k.bias = V{} + affine.bias;
   k.activation = a.activation, k.param = a.param;
-  ReduceOwner<T, kShape, kSource> owner{a, passes, {}, {}};
+  ReduceOwner<T, kShape, kSource> owner{a, passes, a.grad_y_step, {}, {}};
   over_chunk(k, owner, channel, block);
   return {owner.sum.value(), owner.dot.value()};
 }
@@ -357,7 +363,7 @@ void plane_input_gradient(const BatchNormActBackward& a, const BackwardPasses& p
   k.activation = a.activation, k.param = a.param, k.ahead = channel.plan.ahead;
   for (int64_t p = pieces.begin; p < pieces.end; ++p) {
     const int64_t at = channel.offset(p), n = channel.length(p);
-    k.g = static_cast<const T*>(passes.grad) + at;
+    k.g = static_cast<const T*>(passes.grad) + channel.offset(p, passes.grad_step);
     k.x = static_cast<const T*>(a.x) + at;
     if constexpr (kSource != kFromInput) k.other = static_cast<const T*>(passes.other) + at;
     if (passes.second_dz) k.dz = static_cast<T*>(passes.second_dz) + at;

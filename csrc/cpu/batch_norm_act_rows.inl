@@ -52,7 +52,7 @@ struct RowApply {
   static constexpr bool together = kShape == kAny;
   const T *x, *residual;
   T* y;
-  int64_t stride;
+  int64_t stride, y_stride;
   bool streaming;
   const wide_t<T>*mean, *scale, *bias;
   int activation;
@@ -65,13 +65,13 @@ struct RowApply {
       V z[kVectors];
       for (int q = 0; q < kVectors; ++q) {
         const int64_t c = i + q * lanes, at = r * stride + c;
-        if (!streaming) prefetch<T, true>(y + at + kRowAhead, kSlot + q);
+        if (!streaming) prefetch<T, true>(y + r * y_stride + c + kRowAhead, kSlot + q);
         z[q] =
             fma(load<kTail>(x + at, n) - load<kTail>(mean + c, n), load<kTail>(scale + c, n), load<kTail>(bias + c, n));
         if constexpr (kResidual) z[q] += load<kTail>(residual + at, n);
       }
       apply_activation<kShape>(z, activation, param);
-      for (int q = 0; q < kVectors; ++q) put<kTail>(y + r * stride + i + q * lanes, z[q], n, streaming);
+      for (int q = 0; q < kVectors; ++q) put<kTail>(y + r * y_stride + i + q * lanes, z[q], n, streaming);
     }
   }
 };
@@ -82,7 +82,7 @@ struct RowReduce {
   static constexpr bool together = kShape == kAny;
   const T *g, *x, *other;
   T *dz, *dx;
-  int64_t stride;
+  int64_t stride, g_stride;
   const wide_t<T>*mean, *scale, *bias;
   wide_t<T>*sum, *dot;
   int activation;
@@ -97,7 +97,7 @@ struct RowReduce {
       for (int q = 0; q < kVectors; ++q) {
         const int64_t c = i + q * lanes, at = r * stride + c;
         d[q] = load<kTail>(x + at, n) - load<kTail>(mean + c, n);
-        v[q] = load<kTail>(g + at, n);
+        v[q] = load<kTail>(g + r * g_stride + c, n);
         from[q] = derivative_argument<kTail, kShape, kSource>(d[q], load<kTail>(scale + c, n), load<kTail>(bias + c, n),
                                                               other + at, n);
       }
@@ -124,7 +124,7 @@ struct RowInputGradient {
   static constexpr bool together = kShape == kAny;
   const T *g, *x, *other;
   T *dz, *dx;
-  int64_t stride;
+  int64_t stride, g_stride;
   bool streaming;
   const wide_t<T>*mean, *scale, *bias, *slope, *offset;
   int activation;
@@ -140,7 +140,7 @@ struct RowInputGradient {
         if (!streaming) prefetch<T, true>(dx + at + kRowAhead, kSlot + q);
         if (!streaming && dz) prefetch<T, true>(dz + at + kRowAhead, kSlot + q);
         d[q] = load<kTail>(x + at, n) - load<kTail>(mean + c, n);
-        v[q] = load<kTail>(g + at, n);
+        v[q] = load<kTail>(g + r * g_stride + c, n);
         from[q] = derivative_argument<kTail, kShape, kSource>(d[q], load<kTail>(scale + c, n), load<kTail>(bias + c, n),
                                                               other + at, n);
       }
@@ -243,12 +243,14 @@ void row_moments(const T* x, const Geometry& g, const Plan& plan, const Tile& ti
 }
 
 template <class T, int kShape, bool kResidual, int kRows>
-DLKERN_INLINE void row_apply_step(const BatchNormActForward& a, int64_t at, int64_t n, int64_t column, bool streaming,
+DLKERN_INLINE void row_apply_step(const BatchNormActForward& a, int64_t row, int64_t n, int64_t column, bool streaming,
                                   const wide_t<T>* scale, const wide_t<T>* bias) {
+  const int64_t at = row * a.geometry.channels + column;
   RowApply<T, kShape, kResidual, kRows> k{static_cast<const T*>(a.x) + at,
                                           kResidual ? static_cast<const T*>(a.residual) + at : nullptr,
-                                          static_cast<T*>(a.y) + at,
+                                          static_cast<T*>(a.y) + row * a.y_step + column,
                                           a.geometry.channels,
+                                          a.y_step,
                                           streaming,
                                           static_cast<const wide_t<T>*>(a.mean) + column,
                                           scale + column,
@@ -266,14 +268,13 @@ void row_apply(const BatchNormActForward& a, const Plan& plan, const Tile& tile,
                const wide_t<T>* bias) {
   const int64_t channels = a.geometry.channels, column = tile.columns.begin, n = tile.columns.end - column;
   const bool streaming =
-      plan.streaming && a.y != a.x && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0;
+      plan.streaming && a.y != a.x && whole_lines(static_cast<T*>(a.y), channels) && n % 32 == 0 && a.y_step % 32 == 0;
   const int group = streaming ? 1 : row_group<T, kShape>(channels);
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)
     for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
-      row_apply_step<T, kShape, kResidual, 4>(a, r * channels + column, n, column, streaming, scale, bias);
-  for (; r < tile.rows.end; ++r)
-    row_apply_step<T, kShape, kResidual, 1>(a, r * channels + column, n, column, streaming, scale, bias);
+      row_apply_step<T, kShape, kResidual, 4>(a, r, n, column, streaming, scale, bias);
+  for (; r < tile.rows.end; ++r) row_apply_step<T, kShape, kResidual, 1>(a, r, n, column, streaming, scale, bias);
   if (streaming) finish_streaming();
 }
 
@@ -330,14 +331,16 @@ struct RowParameters {  // (channels,) each
 };
 
 template <class T, int kShape, int kSource, int kRows>
-DLKERN_INLINE void row_reduce_step(const BatchNormActBackward& a, const BackwardPasses& passes, int64_t at, int64_t n,
+DLKERN_INLINE void row_reduce_step(const BatchNormActBackward& a, const BackwardPasses& passes, int64_t row, int64_t n,
                                    int64_t column, const RowParameters<T>& p, const RowArrays<T>& arrays) {
-  RowReduce<T, kShape, kSource, kRows> k{static_cast<const T*>(a.grad_y) + at,
+  const int64_t at = row * a.geometry.channels + column;
+  RowReduce<T, kShape, kSource, kRows> k{static_cast<const T*>(a.grad_y) + row * a.grad_y_step + column,
                                          static_cast<const T*>(a.x) + at,
                                          kSource == kFromInput ? nullptr : static_cast<const T*>(passes.other) + at,
                                          passes.first_dz ? static_cast<T*>(passes.first_dz) + at : nullptr,
                                          passes.first_writes_x ? static_cast<T*>(a.grad_x) + at : nullptr,
                                          a.geometry.channels,
+                                         a.grad_y_step,
                                          static_cast<const wide_t<T>*>(a.mean) + column,
                                          p.scale + column,
                                          p.bias + column,
@@ -374,23 +377,25 @@ void row_reduce(const BatchNormActBackward& a, const BackwardPasses& passes, con
     const int64_t end = std::min(tile.rows.end, r + group * kRunRows);
     if constexpr (kShape != kAny)
       for (; group == 4 && r + 4 <= end; r += 4)
-        row_reduce_step<T, kShape, kSource, 4>(a, passes, r * channels + column, n, column, p, arrays);
-    for (; r < end; ++r) row_reduce_step<T, kShape, kSource, 1>(a, passes, r * channels + column, n, column, p, arrays);
+        row_reduce_step<T, kShape, kSource, 4>(a, passes, r, n, column, p, arrays);
+    for (; r < end; ++r) row_reduce_step<T, kShape, kSource, 1>(a, passes, r, n, column, p, arrays);
     take_sums(total, arrays.first, n);
     take_sums(product, arrays.second, n);
   }
 }
 
 template <class T, int kShape, int kSource, int kRows>
-DLKERN_INLINE void row_input_gradient_step(const BatchNormActBackward& a, const BackwardPasses& passes, int64_t at,
+DLKERN_INLINE void row_input_gradient_step(const BatchNormActBackward& a, const BackwardPasses& passes, int64_t row,
                                            int64_t n, int64_t column, bool streaming, const RowParameters<T>& p) {
+  const int64_t at = row * a.geometry.channels + column;
   RowInputGradient<T, kShape, kSource, kRows> k{
-      static_cast<const T*>(passes.grad) + at,
+      static_cast<const T*>(passes.grad) + row * passes.grad_step + column,
       static_cast<const T*>(a.x) + at,
       kSource == kFromInput ? nullptr : static_cast<const T*>(passes.other) + at,
       passes.second_dz ? static_cast<T*>(passes.second_dz) + at : nullptr,
       static_cast<T*>(a.grad_x) + at,
       a.geometry.channels,
+      passes.grad_step,
       streaming,
       static_cast<const wide_t<T>*>(a.mean) + column,
       p.scale + column,
@@ -415,9 +420,8 @@ void row_input_gradient(const BatchNormActBackward& a, const BackwardPasses& pas
   int64_t r = tile.rows.begin;
   if constexpr (kShape != kAny)
     for (; group == 4 && r + 4 <= tile.rows.end; r += 4)
-      row_input_gradient_step<T, kShape, kSource, 4>(a, passes, r * channels + column, n, column, streaming, p);
-  for (; r < tile.rows.end; ++r)
-    row_input_gradient_step<T, kShape, kSource, 1>(a, passes, r * channels + column, n, column, streaming, p);
+      row_input_gradient_step<T, kShape, kSource, 4>(a, passes, r, n, column, streaming, p);
+  for (; r < tile.rows.end; ++r) row_input_gradient_step<T, kShape, kSource, 1>(a, passes, r, n, column, streaming, p);
   if (streaming) finish_streaming();
 }
 

@@ -22,7 +22,7 @@ from dlkern.nn.batch_norm_act import own
 from dlkern.ops import conv_bn_act as op
 from dlkern.ops import library
 
-from . import batch_norm_act, depthwise, runtime
+from . import batch_norm_act, depthwise, runtime, transposed
 from .batch_norm_act import Matcher, NotASite, Site
 from .trace import Trace
 from .witness import has_hooks
@@ -30,6 +30,7 @@ from .witness import has_hooks
 KIND = "conv_bn_act"
 IDENTITY = Activation("identity")
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def match(
@@ -78,7 +79,7 @@ class _Convolutions:
             return False
         module = self.matcher.module(node)
         return (
-            type(module) is nn.Conv2d
+            type(module) in CONVOLUTIONS
             and isinstance(node.args[0], fx.Node)
             and len(node.users) == 1
             and not has_hooks(module)
@@ -165,6 +166,8 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
 
     Where not, the convolution is called as the module it is, with whatever has become of it.
     """
+    if type(conv) is nn.ConvTranspose2d:
+        return transposed.takes(conv, norm, x, activation, residual)
     if type(x) is not Tensor or type(conv) is not nn.Conv2d or not runtime.unhooked(conv):
         return False
     if 1 < conv.groups == conv.in_channels and depthwise.takes(conv, norm, x, activation, residual):
@@ -177,10 +180,11 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         return False
     if norm is not None and conv._buffers.get(layer.FOLDED_WEIGHT) is not None:
         return True
-    forced = dispatch.forced(op.NAME)
+    # in training PyTorch's own convolution runs, unless another was forced or measured to be faster
+    asked = dispatch.forced(op.NAME) is not None or dispatch.weighs()
     saves = library.wants_gradient(x, weight, bias)
-    if saves and forced is None:
-        return False  # training: PyTorch's own convolution
+    if saves and not asked:
+        return False
     dtype, device = x.dtype, x.device
     if weight.dtype != dtype or dtype not in DTYPES or weight.device != device or x.size(1) != conv.in_channels:
         return False
@@ -191,7 +195,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         if norm.num_features != conv.out_channels:
             return False
         kind = "batch" if norm.training or mean is None else "running"
-        if kind == "batch" and forced is None:
+        if kind == "batch" and not asked:
             return False
         like = mean if gamma is None else gamma
         if not runtime.agree(x, like):
@@ -204,9 +208,12 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     if size[2] < 1 or size[3] < 1:
         return False  # refused by PyTorch in its own words
     request = op.request_of(x, weight, like, convolution, size, kind, saves, residual, activation.name)
-    return dispatch.choose(op.NAME, request).backend != "torch"
+    choice = dispatch.choose(op.NAME, request, x, weight)
+    return dispatch.recording() or choice.backend != "torch"
 
 
 def fused(conv: Any, norm: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
     """The rewritten site, convolution included."""
+    if type(conv) is nn.ConvTranspose2d:
+        return transposed.fused(conv, norm, x, activation)
     return layer.apply(conv, norm, x, activation, residual)

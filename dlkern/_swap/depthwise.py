@@ -112,7 +112,7 @@ def described(conv: Any) -> tuple[str, str]:
         chosen.append(dispatch.choose(op.NAME, request))
     ours = [choice for choice in chosen if choice.backend != "torch"]
     if not ours or len(ours) == len(chosen):
-        return chosen[0]
+        return chosen[0].backend, chosen[0].reason
     return ours[0].backend, f"{ours[0].reason}; torch for layouts, sizes and passes in which that is faster"
 
 
@@ -173,7 +173,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     size = geometry.output_size(x, weight)
     if size[2] < 1 or size[3] < 1 or (kind == "batch" and size[0] * size[2] * size[3] == 1):
         return False  # refused by PyTorch in its own words
-    return chain.choose(x, weight, geometry, kind, saves, False, activation, dtype) != "torch"
+    return dispatch.recording() or chain.choose(x, weight, geometry, kind, saves, False, activation, dtype) != "torch"
 
 
 def _agrees(parameter: Tensor | None, x: Tensor, dtype: torch.dtype) -> bool:
@@ -212,7 +212,7 @@ def takes_alone(conv: Any, x: Any) -> bool:
     if size[2] < 1 or size[3] < 1:
         return False
     gradients = op.transformed() or library.wants_gradient(x, weight, conv._parameters.get("bias"))
-    return op.choose(x, weight, geometry, "identity", gradients, dtype) != "torch"
+    return dispatch.recording() or op.choose(x, weight, geometry, "identity", gradients, dtype) != "torch"
 
 
 def fused_alone(conv: Any, x: Tensor) -> Tensor:

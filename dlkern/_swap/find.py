@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from . import atrous, attention, conv_bn_act, depthwise, recurrent, transposed
 from . import batch_norm_act as rule
-from . import conv_bn_act, depthwise, recurrent
 from .batch_norm_act import Site
 from .classes import Plan, SwappedSite
 from .codegen import forward_source
@@ -69,6 +69,8 @@ def find(model: nn.Module, filter_fn: Filter | None) -> Findings:
         _plan(owner, accepted, findings)
     _plan_depthwise(model, filter_fn, findings)
     recurrent.add(model, filter_fn, findings.plans, findings.reasons)
+    atrous.add(model, filter_fn, findings.plans, findings.reasons)
+    attention.add(model, filter_fn, findings.plans, findings.reasons)
     swapped = {join(path, site.path) for path, plan in findings.plans.items() for site in plan.sites}
     for path, module in model.named_modules():
         if rule.is_candidate(module) and path not in swapped:
@@ -203,6 +205,8 @@ def _summary(site: Site, owner: Owner, findings: Findings) -> SwappedSite:
     if conv is not None and depthwise.is_depthwise(owner.module.get_submodule(conv)):
         kind = depthwise.SEPARABLE if join(owner.path, conv) in findings.separable else depthwise.KIND
         label = label.replace("conv", "depthwise", 1)
+    elif conv is not None and isinstance(owner.module.get_submodule(conv), nn.ConvTranspose2d):
+        kind, label = transposed.KIND, label.replace("conv", "transposed", 1)
     return SwappedSite(site.path, kind, label, None if site.norm is None else conv)
 
 

@@ -62,6 +62,11 @@ def reset(module: nn.Module) -> None:
         counter.fused = counter.fallback = 0
 
 
+def restore(module: nn.Module, counter: Calls) -> None:
+    """Give a module's counter former values."""
+    _COUNTS[id(module)].fused, _COUNTS[id(module)].fallback = counter.fused, counter.fallback
+
+
 def unhooked(module: Any) -> bool:
     """Whether bypassing this module's call skips nothing: no hooks, no forward of its own."""
     return not (

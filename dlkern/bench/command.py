@@ -36,7 +36,12 @@ def run(settings: Settings) -> int:
             show.picture(found, facts, settings.plot)
         else:
             print(f"no picture is drawn in {settings.plot}: nothing was timed")
-    for path in filter(None, (settings.json, settings.csv, settings.plot)):
+    if settings.html:
+        from . import page
+
+        with open(settings.html, "w", encoding="utf-8") as file:
+            file.write(page.page(found, facts))
+    for path in filter(None, (settings.json, settings.csv, settings.plot, settings.html)):
         if os.path.exists(path):
             print(f"written: {os.path.abspath(path)}")
     if red:

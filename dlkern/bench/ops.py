@@ -10,7 +10,7 @@ import torch
 import dlkern
 from dlkern import dispatch
 
-from . import measure
+from . import measure, roofline
 from .cases import Case, Problem
 from .cases.base import Unsupported, chosen
 from .results import Result
@@ -66,6 +66,7 @@ def measured(
                 result.peak[name] = peak
         if row != "eager":
             result.comparison = _compared({"eager": eager, row: step}, device, min_seconds)
+            result.roofline = roofline.facts(problem.case, result.comparison.time(row).median, device)
         if then is not None:
             then(step)
 

@@ -18,7 +18,8 @@ class Result:
     ``red`` is None where parity holds, else why it does not; a red row has no comparison. ``left_out`` says why a
     forced backend cannot run the case; such a row has none either. ``kept`` (bytes that
     autograd keeps for backward) and ``peak`` (most bytes on a GPU) are by candidate. ``equals`` is the ratio of
-    the baseline to a second copy of itself: how far from 1 a ratio means nothing.
+    the baseline to a second copy of itself: how far from 1 a ratio means nothing. ``roofline`` is of an op's row (see
+    :mod:`.roofline`).
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Result:
     peak: dict[str, int] = field(default_factory=dict)
     target: float | None = None
     equals: float | None = None
+    roofline: Mapping[str, Any] | None = None
 
     @property
     def parity(self) -> str:
@@ -63,6 +65,7 @@ class Result:
             "target": self.target,
             "kept_for_backward_mb": _megabytes(self.kept),
             "peak_mb": _megabytes(self.peak),
+            **({} if self.roofline is None else {"roofline": dict(self.roofline)}),
             **({} if self.comparison is None else {"measured": self.comparison.as_dict()}),
         }
 
@@ -89,6 +92,7 @@ class Result:
         for name in ("median", "p20", "p80"):
             found[f"ratio_{name}"] = "" if ratio is None else round(getattr(ratio, name), 4)
         found["target"] = "" if self.target is None else self.target
+        found["roofline_share"] = "" if self.roofline is None else self.roofline["share"]
         for what, table in (("kept_for_backward", self.kept), ("peak", self.peak)):
             for column, row in times.items():
                 found[f"{column}_{what}_bytes"] = table.get(row, "")

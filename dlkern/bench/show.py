@@ -42,6 +42,12 @@ def tables(results: Sequence[Result]) -> None:
         print(
             "equals: the same ratio for a second copy of the plain model: nearer to 1 than that, a ratio says nothing"
         )
+    roof = next((result.roofline for result in results if result.roofline is not None), None)
+    if roof is not None:
+        print(
+            "roofline: the least time that a case's bytes and FLOPs allow / the row's; this run's copy bandwidth is "
+            f"{roof['gigabytes_per_second']:.1f} GB/s, its matrix rate {roof['gigaflops']:.0f} GFLOP/s"
+        )
     for why in dict.fromkeys(result.left_out for result in results if result.left_out is not None):
         print(f"not run: {why}")
     for result in results:
@@ -53,6 +59,8 @@ def _table(title: str, results: Sequence[Result], apart: str) -> Table:
     first = results[0]
     targets, peak = first.kind == "op", any(result.peak for result in results)
     heads = [f"{first.baseline} ms", f"ms{apart}(p20-p80)", f"ratio{apart}(p20-p80)", "target" if targets else "equals"]
+    roofs = any(result.roofline is not None for result in results)
+    heads += ["roofline"] if roofs else []
     heads += [f"MB kept,{apart}{first.baseline} / row", *(["MB peak"] if peak else [])]
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column in ("case", "row"):
@@ -66,6 +74,8 @@ def _table(title: str, results: Sequence[Result], apart: str) -> Table:
             cells.append("" if result.target is None else f">= {result.target}")
         else:
             cells.append("" if result.equals is None else f"{result.equals:.2f}")
+        if roofs:
+            cells.append("" if result.roofline is None else f"{result.roofline['share']:.0%}")
         cells += [_pair(result, sizes) for sizes in (result.kept, *([result.peak] if peak else []))]
         table.add_row(*cells)
     return table

@@ -41,10 +41,11 @@ class Settings:
     json: str | None = None
     csv: str | None = None
     plot: str | None = None
+    html: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What was asked for, without where the results went."""
-        return {n: v for n, v in asdict(self).items() if n not in ("json", "csv", "plot")}
+        return {n: v for n, v in asdict(self).items() if n not in ("json", "csv", "plot", "html")}
 
 
 @dataclass
@@ -163,7 +164,8 @@ def _device(wanted: str | None) -> torch.device:
 
 def checked(settings: Settings) -> torch.device:
     """The device that the settings ask for, once their words are known and their paths can be written."""
-    for name in ("rich", *(["matplotlib"] if settings.plot else [])):
+    wanted = ["rich", *(["matplotlib"] if settings.plot else []), *(["plotly"] if settings.html else [])]
+    for name in wanted:
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -182,6 +184,7 @@ def checked(settings: Settings) -> torch.device:
         ("--json", settings.json, (".json",)),
         ("--csv", settings.csv, (".csv",)),
         ("--plot", settings.plot, (".png", ".pdf", ".svg")),
+        ("--html", settings.html, (".html",)),
     ):
         if path is None:
             continue

@@ -82,7 +82,7 @@ def conv_bn_act(
     for name, value in norms:
         if value is None:
             continue
-        _check_vector(name, value, weight, x)
+        _check_vector(name, value, weight.size(0), x)
         if dtype is not None and value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} like the other parameters, got {value.dtype}")
         dtype = value.dtype
@@ -175,6 +175,12 @@ def _apply(
 
 # -------------------------------------------------------------------------------------- checks
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_dtypes(x, weight, bias, "(K, C / groups, R, S)")
+    if bias is not None:
+        _check_vector("bias", bias, weight.size(0), x)
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -182,7 +188,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() not in (3, 4):
         raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
     if weight.dim() != 4:
-        raise ValueError(f"weight: expected (K, C / groups, R, S), got shape {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected {weight_shape}, got shape {tuple(weight.shape)}")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
@@ -190,17 +196,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
         if value.device != x.device:
             raise RuntimeError(f"{name}: expected device {x.device} like x, got {value.device}")
-    if bias is not None:
-        _check_vector("bias", bias, weight, x)
 
 
-def _check_vector(name: str, value: Tensor, weight: Tensor, x: Tensor) -> None:
+def _check_vector(name: str, value: Tensor, channels: int, x: Tensor) -> None:
     if value.device != x.device:
         raise RuntimeError(f"{name}: expected device {x.device} like x, got {value.device}")
-    if tuple(value.shape) != (weight.size(0),):
+    if tuple(value.shape) != (channels,):
         raise ValueError(
-            f"{name}: expected shape ({weight.size(0)},) for a weight of {weight.size(0)} output channels, "
-            f"got {tuple(value.shape)}"
+            f"{name}: expected shape ({channels},) for a weight of {channels} output channels, got {tuple(value.shape)}"
         )
 
 

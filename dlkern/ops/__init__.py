@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from . import attention, batch_norm_act, conv_bn_act, depthwise, gru, lstm, rnn
+from . import atrous, attention, batch_norm_act, conv_bn_act, depthwise, gru, lstm, rnn, transposed
 
-__all__ = ["attention", "batch_norm_act", "conv_bn_act", "depthwise", "gru", "lstm", "rnn"]
+__all__ = [
+    "atrous",
+    "attention",
+    "batch_norm_act",
+    "conv_bn_act",
+    "depthwise",
+    "gru",
+    "lstm",
+    "rnn",
+    "transposed",
+]

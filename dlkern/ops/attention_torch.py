@@ -17,6 +17,30 @@ from dlkern.kernels.reference import attention as reference
 from dlkern.kernels.reference.attention import Extras, Options
 
 
+def sequences(
+    query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output and LSE of sequences laid end to end, one call for each; the host reads where they end."""
+    outs, lses = [], []
+    ends = [t.tolist() for t in (extras.cu_queries, extras.cu_keys)]  # type: ignore[union-attr]
+    for i in range(len(ends[0]) - 1):
+        q = query[:, :, ends[0][i] : ends[0][i + 1]]
+        k, v = (t[:, :, ends[1][i] : ends[1][i + 1]] for t in (key, value))
+        slopes = extras.slopes
+        own = Extras(
+            table=extras.table, index=extras.index,
+            slopes=slopes if slopes is None or slopes.size(0) == 1 else slopes[i : i + 1],
+        )  # fmt: skip
+        offset = k.size(2) - q.size(2) if options.bottom_right else options.offset
+        simple = options._replace(offset=offset, bottom_right=False)
+        out, lse = composed(q, k, v, own, simple) if return_lse else (run(q, k, v, own, simple), None)
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return value.new_zeros((*query.shape[:3], value.size(3))), query.new_zeros(query.shape[:3])
+    return torch.cat(outs, 2), torch.cat(lses, 2) if return_lse else None  # type: ignore[arg-type]
+
+
 def run(query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options) -> Tensor:
     """The output (B, H, Lq, Dv)."""
     if options.softcap or query.numel() == 0 or key.numel() == 0 or value.numel() == 0:

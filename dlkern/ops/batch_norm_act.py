@@ -278,6 +278,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, invstd: Ten
 
 
 # --------------------------------------------------------------------------------- entry point
+@dispatch.entry
 def apply(
     x: Tensor,
     weight: Tensor | None,
@@ -308,7 +309,7 @@ def apply(
         residual is not None,
         activation.name,
     )
-    backend = dispatch.choose(NAME, request).backend
+    backend = dispatch.choose(NAME, request, x, weight, residual).backend
     if function is not None and backend == "torch" and dispatch.forced(NAME) is None:
         backend = dispatch.first_supporting(NAME, ("cpu", "triton", "reference"), request)
     if backend == "torch" or x.numel() == 0:  # nothing to compute on: PyTorch's own shortcut
@@ -324,9 +325,10 @@ def apply(
         return _TransformedFunction.apply(*inputs)[0]
     if library.wants_gradient(x, weight, bias, residual):
         return (function or BatchNormActFunction).apply(*inputs)
-    if overwrite and backend == "cpu" and library.unwatched(x) and torch._C._len_torch_function_stack() == 0:
+    alone = library.unwatched(x) and torch._C._len_torch_function_stack() == 0
+    if overwrite and not batch_stats and backend == "cpu" and alone:
         return dispatch.implementation(NAME, backend).forward(
             x, weight, bias, residual, running_mean, running_var, batch_stats=batch_stats, momentum=momentum, eps=eps,
-            activation=activation, overwrite=True,
+            activation=activation, out=x,
         )[0]  # fmt: skip
     return (run_forward if library.unwatched(x) else forward_op)(*inputs)[0]

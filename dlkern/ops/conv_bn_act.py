@@ -54,6 +54,7 @@ OP = dispatch.register(
             "triton": "dlkern.kernels.triton.conv_bn_act",
         },
         _default_order,
+        ("in_channels", "out_channels", "pixels"),
     )
 )
 
@@ -305,6 +306,7 @@ def request_of(
     )
 
 
+@dispatch.entry
 def apply(
     x: Tensor,
     weight: Tensor,
@@ -335,7 +337,7 @@ def apply(
     parameter = bn_weight if bn_weight is not None else running_mean
     size = convolution.output_size(x, weight)
     request = request_of(x, weight, parameter, convolution, size, norm, saves, residual is not None, activation.name)
-    backend = dispatch.choose(NAME, request).backend
+    backend = dispatch.choose(NAME, request, x, weight).backend
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if transformed and backend != "torch":
         raise RuntimeError(

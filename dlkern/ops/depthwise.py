@@ -297,6 +297,7 @@ def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
     return reference_activation.forward_inplace(c, activation)
 
 
+@dispatch.entry
 def apply(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation = IDENTITY
 ) -> Tensor:
@@ -347,7 +348,8 @@ def choose(
             f"{NAME}: the {forced} backend has no vmap and no forward-mode gradients (jvp); "
             "use dlkern.backend(depthwise='torch')"
         )
-    return dispatch.choose(NAME, request_of(x, weight, geometry, activation, False, dtype, gradients)).backend
+    request = request_of(x, weight, geometry, activation, False, dtype, gradients)
+    return dispatch.choose(NAME, request, x, weight).backend
 
 
 def run(

@@ -153,7 +153,7 @@ def _normaliser(
     normalised = batch_norm_act.Request(
         request.device, request.dtype, wide, request.channels_last, False, residual, activation.name
     )
-    passes = dispatch.choose(batch_norm_act.NAME, normalised).backend
+    passes = dispatch.choose(batch_norm_act.NAME, normalised, x, weight).backend
     return None if passes == "torch" else passes
 
 

@@ -129,6 +129,7 @@ def choose(
     one_step: bool,
     cell: bool,
     packed: bool,
+    layers: int = 1,
 ) -> tuple[str, torch.dtype]:
     """The backend for a call, and the dtype in which it runs (autocast's, where that is on)."""
     device, dtype = x.device.type, x.dtype
@@ -148,7 +149,7 @@ def choose(
         training,
         *(() if stock else _asked(variant, weights)),
     )
-    return dispatch.choose(op.name, request).backend, dtype
+    return dispatch.choose(op.name, request, x, batch, weights.ih, weights.hh, layers).backend, dtype
 
 
 def _asked(variant: Variant, weights: Weights) -> tuple[bool, str, bool, bool, bool, bool]:
@@ -157,6 +158,7 @@ def _asked(variant: Variant, weights: Weights) -> tuple[bool, str, bool, bool, b
     return True, variant.recurrent_activation, normed, peeps, bool(variant.zoneout), bool(variant.recurrent_dropout)
 
 
+@dispatch.entry
 def run(
     op: Family,
     x: Tensor,
@@ -179,7 +181,9 @@ def run(
     batch = h0.size(1) if h0 is not None else x.size(1)
     one_step = not packed and x.size(0) == 1
     wants = library.wants_gradient(x, h0, c0, *layers[0])
-    backend, dtype = choose(op, x, batch, layers[0], variant, wants, one_step=one_step, cell=False, packed=packed)
+    backend, dtype = choose(
+        op, x, batch, layers[0], variant, wants, one_step=one_step, cell=False, packed=packed, layers=len(layers)
+    )
     stock = _is_stock(op, variant, layers[0])
     if stock and (backend == "torch" or x.numel() == 0):
         found = _torch(op, x, h0, c0, layers, directions, batch_sizes, variant.activation, dropout, training)
@@ -258,6 +262,7 @@ def _torch(
     return found[0], found[1], found[2] if op.has_cell else None
 
 
+@dispatch.entry
 def cell(
     op: Family,
     x: Tensor,

@@ -44,16 +44,21 @@ def forward(
     momentum: float,
     eps: float,
     activation: Activation,
-    overwrite: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """act((x - mean) * invstd * weight + bias + residual); y, mean and invstd.
 
-    With ``overwrite``, which the contract has not, y takes the memory of a dense x, by running statistics alone.
+    ``out``: where y goes, like x in shape and dtype: channels of a dense map that has more, of x's memory format. By
+    running statistics it may be x itself.
     """
     if running_mean is None and not batch_stats:
         raise ValueError("running statistics are needed where batch statistics are not used")
-    given, x = x, layout.dense(x)
-    y = x if overwrite and x is given and not batch_stats else torch.empty_like(x)
+    x = layout.dense(x)
+    view = layout.of(x)
+    in_place = out is not None and layout.is_part(out, view)
+    y = out if in_place else torch.empty_like(x)
+    assert y is not None
+    y_step = layout.step(y, view) if in_place else view.channels * view.inner
     channels = x.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = torch.empty(channels, dtype=wide, device=x.device)
@@ -77,18 +82,21 @@ def forward(
         invstd.data_ptr(),
         DTYPES[x.dtype],
         _param_dtype(x, weight, bias, mean_in),
-        *layout.of(x),
+        *view,
         batch_stats,
         momentum,
         eps,
         CODES[activation.name],
         activation.param,
+        y_step,
         torch.get_num_threads(),
     )
     if batch_stats:
         for statistic, moved in ((running_mean, mean_in), (running_var, var_in)):
             if moved is not statistic:
                 statistic.copy_(moved)
+    if out is not None and not in_place:
+        y = out.copy_(y)
     return y, mean, invstd
 
 
@@ -126,7 +134,12 @@ def backward(
     if y is not None:
         y = layout.like(y, x)
     weight, bias = _parameter(weight), _parameter(bias)
-    grad_y = layout.like(grad_y, x)
+    view = layout.of(x)
+    grad_step = view.channels * view.inner
+    if grad_y.stride() != x.stride() and layout.is_part(grad_y, view):
+        grad_step = layout.step(grad_y, view)
+    else:
+        grad_y = layout.like(grad_y, x)
     _C.batch_norm_act_backward(
         grad_y.data_ptr(),
         x.data_ptr(),
@@ -142,10 +155,11 @@ def backward(
         address(grad_residual),
         DTYPES[x.dtype],
         _param_dtype(x, weight, bias),
-        *layout.of(x),
+        *view,
         batch_stats,
         CODES[activation.name],
         activation.param,
+        grad_step,
         torch.get_num_threads(),
     )
     return grad_x, grad_weight, grad_bias, grad_residual

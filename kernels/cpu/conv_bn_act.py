@@ -19,7 +19,7 @@ from .. import layout
 from ..activation import Activation
 from ..reference import conv_bn_act as reference
 from ..reference.conv_bn_act import Convolution, Needs, Request
-from . import batch_norm_act, unavailable
+from . import batch_norm_act, refuses
 
 #: oneDNN's post-ops as PyTorch names them: (name, scalars, algorithm) of an activation.
 _POST_OPS: dict[str, Any] = {
@@ -39,9 +39,7 @@ _POST_OPS: dict[str, Any] = {
 
 def supports(request: Request) -> str | None:
     """None for training, and for inference in float32 with what oneDNN fuses; else the reason in words."""
-    if request.device != "cpu":
-        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
-    reason = unavailable()
+    reason = refuses(request.device, ())
     if reason is not None:
         return reason
     if request.norm == "batch" or request.saves:

@@ -14,7 +14,7 @@ from ..reference import recurrent as reference
 from ..reference import recurrent_variants as variants
 from ..reference.recurrent import Forward, Gradients, Kept, Needs, Request
 from ..reference.recurrent_variants import PLAIN, Extras
-from . import _C, address, unavailable
+from . import _C, address, refuses
 
 #: csrc's cell of a family and its activation (csrc/include/dlkern/recurrent.h).
 _CELLS = {("lstm", "tanh"): 0, ("gru", "tanh"): 1, ("rnn", "tanh"): 2, ("rnn", "relu"): 3}
@@ -30,11 +30,10 @@ _TRANSPOSED_BATCH, _TRANSPOSED_ROWS = 4, 32
 
 def supports(request: Request) -> str | None:
     """None for float32 and float64 on the CPU, else the reason in words."""
-    if request.device != "cpu":
-        return f"the cpu backend takes tensors on the CPU, not on {request.device!r}"
-    if request.dtype not in _DTYPES:
-        return f"the cpu backend computes recurrent layers in float32 and float64, not in {request.dtype}"
-    return unavailable()
+    reason = refuses(request.device, ())
+    if reason is None and request.dtype not in _DTYPES:
+        reason = f"the cpu backend computes recurrent layers in float32 and float64, not in {request.dtype}"
+    return reason
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -9,7 +9,11 @@ The signatures here are the contract of every implementation of the op. Shapes: 
   distance, where the distance of key j from query i is d = j - (i + offset), held to [-R, R], and read at d + R;
 * ``padding`` (B, Lk), True hides a key; ``lengths`` (B,), keys from that one on are hidden;
 * ``slopes`` (1 or B, H), ALiBi's: slope * |d| is subtracted;
-* ``seed`` (1,) int64, of the dropout.
+* ``seed`` (1,) int64, of the dropout;
+* ``cu_queries`` and ``cu_keys`` (sequences + 1,): sequences laid end to end in a batch of one. Sequence s is the
+  queries cu_queries[s] to cu_queries[s + 1] and the keys of cu_keys likewise, and sees nothing of the others; positions
+  count from its own beginning, and it is the batch of the slopes and of the dropout. Mask, bias, padding, lengths and
+  an index by position do not come with them.
 
 A row (query) that sees no key has output 0, LSE -inf and gradient 0. LSE (B, H, Lq) is the natural logarithm of the
 sum of a row's exponentials, in the dtype of accumulation: float32, or float64 where query is.
@@ -30,12 +34,17 @@ from torch import Tensor
 
 from .batch_norm_act import accumulate_dtype
 
+#: Below so many queries or keys a call is mostly overhead.
+SHORT = 48
+
 
 class Request(NamedTuple):
     """What an implementation is asked to do; ``supports`` answers to it.
 
     ``device`` is a torch device type; ``mask`` is "none", "bool" or "float", ``bias`` "none" or "dense", ``table``
-    "none", "positions" or "distances"; ``group`` is the number of query heads to a key head.
+    "none", "positions" or "distances"; ``group`` is the number of query heads to a key head; ``causal`` is a band that
+    hides just what follows a query, from the top left on; ``sequences`` are those of cu_queries and cu_keys; ``short``
+    says that there are fewer than SHORT queries or keys.
     """
 
     device: str
@@ -52,6 +61,9 @@ class Request(NamedTuple):
     dropout: bool
     banded: bool
     softcap: bool
+    causal: bool = False
+    sequences: bool = False
+    short: bool = False
 
 
 class Options(NamedTuple):
@@ -59,7 +71,8 @@ class Options(NamedTuple):
 
     Causal attention is ``right`` 0. ``softcap`` 0 is none; else scores s become softcap * tanh(s / softcap) before
     anything is added. Dropout drops an element of the softmax with ``dropout_p`` and divides the others by
-    1 - dropout_p; LSE is from before dropout.
+    1 - dropout_p; LSE is from before dropout. With ``bottom_right`` (of sequences only) the offset is each sequence's
+    own number of keys minus queries.
     """
 
     scale: float
@@ -68,6 +81,7 @@ class Options(NamedTuple):
     offset: int = 0
     softcap: float = 0.0
     dropout_p: float = 0.0
+    bottom_right: bool = False
 
 
 class Needs(NamedTuple):
@@ -91,6 +105,8 @@ class Extras(NamedTuple):
     lengths: Tensor | None = None
     slopes: Tensor | None = None
     seed: Tensor | None = None
+    cu_queries: Tensor | None = None
+    cu_keys: Tensor | None = None
 
 
 def supports(request: Request) -> str | None:
@@ -152,6 +168,52 @@ def keep(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout_
     return ((flat >> 1) >= threshold(dropout_p)).view(batch, heads, queries, keys)
 
 
+def _keep_sequences(seed: Tensor, heads: int, sides: tuple[Side, Side], dropout_p: float) -> Tensor:
+    """The same (1, heads, queries, keys) for sequences: each is a batch, and counts from its own beginning."""
+    of_query, of_key = sides
+    query, key = of_query.position[:, None], of_key.position
+    owner = of_query.sequence[:, None] * heads + torch.arange(heads, device=seed.device).view(-1, 1, 1)
+    counter = torch.broadcast_tensors(key // 4, query, owner, torch.zeros_like(owner))
+    words = torch.stack(philox(seed, counter), dim=-1)  # type: ignore[arg-type]
+    word = words.gather(-1, (key % 4).expand(words.shape[:-1])[..., None])[..., 0]
+    return ((word >> 1) >= threshold(dropout_p))[None]
+
+
+# ------------------------------------------------------------------------------------------ sequences
+class Side(NamedTuple):
+    """Of each row of queries or of keys: the sequence that it is of, and its position there."""
+
+    sequence: Tensor
+    position: Tensor
+
+
+def side(ends: Tensor, length: int) -> Side:
+    """The rows of sequences whose ends are ``ends`` (sequences + 1,)."""
+    row = torch.arange(length, device=ends.device)
+    sequence = torch.searchsorted(ends.long(), row, right=True) - 1
+    return Side(sequence, row - ends.long()[sequence])
+
+
+def sides(extras: Extras, queries: int, keys: int) -> tuple[Side, Side] | None:
+    """Of queries and of keys; None where they are not laid end to end."""
+    if extras.cu_queries is None or extras.cu_keys is None:
+        return None
+    return side(extras.cu_queries, queries), side(extras.cu_keys, keys)
+
+
+def _distances(queries: int, keys: int, extras: Extras, options: Options, device: torch.device) -> Tensor:
+    """(queries, keys): how far key j lies behind the position of query i, within its sequence."""
+    both = sides(extras, queries, keys)
+    if both is None:
+        return distances(queries, keys, options.offset, device)
+    of_query, of_key = both
+    origin = of_query.position + options.offset
+    if options.bottom_right:
+        more = extras.cu_keys.diff() - extras.cu_queries.diff()  # type: ignore[union-attr]
+        origin = of_query.position + more[of_query.sequence]
+    return of_key.position - origin[:, None]
+
+
 # --------------------------------------------------------------------------------------------- scores
 def for_batches(t: Tensor, batch: int) -> Tensor:
     """A mask or bias of Bm batches, for all of them."""
@@ -177,7 +239,7 @@ def visible(
     """Boolean, broadcastable to (B, H, Lq, Lk): what band, padding, lengths and a boolean mask leave to see."""
     seen = []
     if options.left is not None or options.right is not None:
-        distance = distances(queries, keys, options.offset, device)
+        distance = _distances(queries, keys, extras, options, device)
         if options.left is not None:
             seen.append(distance >= options.left)
         if options.right is not None:
@@ -188,23 +250,30 @@ def visible(
         seen.append(torch.arange(keys, device=device) < extras.lengths.view(batch, 1, 1, 1))
     if extras.mask is not None and extras.mask.dtype == torch.bool:
         seen.append(for_batches(extras.mask, batch))
+    both = sides(extras, queries, keys)
+    if both is not None:
+        seen.append(both[0].sequence[:, None] == both[1].sequence)
     return functools.reduce(torch.logical_and, seen) if seen else None
 
 
 def added(batch: int, queries: int, keys: int, extras: Extras, options: Options, dtype: torch.dtype) -> list[Tensor]:
     """What is added to the scores: tensors of ``dtype`` that broadcast to (B, H, Lq, Lk)."""
-    mask, bias, table, index, _, _, slopes, _ = extras
+    mask, bias, table, index, slopes = extras.mask, extras.bias, extras.table, extras.index, extras.slopes
     terms = []
     if mask is not None and mask.dtype != torch.bool:
         terms.append(for_batches(mask, batch).to(dtype))
     if bias is not None:
         terms.append(for_batches(bias, batch).to(dtype))
     if table is not None and index is not None:
-        rows = rows_of(index, distances(queries, keys, options.offset, index.device))
+        rows = rows_of(index, _distances(queries, keys, extras, options, index.device))
         terms.append(table.to(dtype)[rows].permute(2, 0, 1)[None])
     if slopes is not None:
-        distance = distances(queries, keys, options.offset, slopes.device)
-        terms.append(-slopes.to(dtype)[:, :, None, None] * distance.abs())
+        distance = _distances(queries, keys, extras, options, slopes.device)
+        slope = slopes.to(dtype)[:, :, None, None]
+        both = sides(extras, queries, keys)
+        if both is not None and slopes.size(0) > 1:  # a sequence's own
+            slope = slope[both[0].sequence, :, :, 0].movedim(0, 1)[None]
+        terms.append(-slope * distance.abs())
     return terms
 
 
@@ -240,7 +309,11 @@ def _kept(query: Tensor, keys: int, extras: Extras, options: Options) -> Tensor 
     if not options.dropout_p or extras.seed is None:
         return None
     batch, heads, queries, _ = query.shape
-    kept = keep(extras.seed, batch, heads, queries, keys, options.dropout_p)
+    both = sides(extras, queries, keys)
+    if both is None:
+        kept = keep(extras.seed, batch, heads, queries, keys, options.dropout_p)
+    else:
+        kept = _keep_sequences(extras.seed, heads, both, options.dropout_p)
     return kept.to(accumulate_dtype(query.dtype)) / (1.0 - options.dropout_p)
 
 
@@ -314,7 +387,7 @@ def backward(
     dbias = _sum_to(ds, bias) if needs.bias and bias is not None else None
     dtable = None
     if needs.table and table is not None and index is not None:
-        rows = rows_of(index, distances(queries, keys, options.offset, query.device)).flatten()
+        rows = rows_of(index, _distances(queries, keys, extras, options, query.device)).flatten()
         per_pair = ds.sum(0).flatten(1).T
         dtable = torch.zeros_like(table, dtype=dtype).index_add(0, rows, per_pair).to(table.dtype)
     if t is not None:

@@ -41,6 +41,8 @@ def supports(request: Request) -> str | None:
         return f"the triton backend computes float16, bfloat16, float32 and float64, not {request.dtype}"
     if interpreted() and request.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 products wrongly"
+    if request.sequences:
+        return "the triton backend does not take sequences laid end to end (cu_seqlens)"
     largest, most = max(request.head_dim, request.value_dim), max_head_dim(request.dtype)
     if largest > most:
         return f"the triton backend takes head dimensions of {request.dtype} up to {most}, not {largest}"

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import layout
 from ..activation import CODES, Activation
 from ..reference.conv_bn_act import NORMS, Convolution, Needs, Request, accumulate_dtype
 from . import batch_norm_act, gemm_plan, interpreted, tiles
@@ -30,6 +31,7 @@ _NORM_CODES = {
     "running": gemm.NORM_RUNNING.value,
     "batch": gemm.NORM_BATCH.value,
 }
+IDENTITY = Activation("identity")
 _SUM_BLOCK = 1024
 _INT32_END = 2**31
 
@@ -50,20 +52,8 @@ def supports(request: Request) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------ layouts
-def _strides_channels_last(t: Tensor) -> bool:
-    """Whether PyTorch's convolutions take t for channels_last: by its strides, contiguous where both would do."""
-    least = 0
-    if t.stride(1) == 0:
-        return False
-    for d in (1, 3, 2, 0):
-        if t.size(d) == 0 or t.stride(d) < least or (d == 0 and least == t.stride(1)):
-            return False
-        least = t.stride(d) * max(t.size(d), 1)
-    return True
-
-
 def _memory_format(*tensors: Tensor) -> torch.memory_format:
-    return torch.channels_last if any(map(_strides_channels_last, tensors)) else torch.contiguous_format
+    return torch.channels_last if any(map(layout.strides_channels_last, tensors)) else torch.contiguous_format
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -149,7 +139,10 @@ def forward(
             rows, tiles_m, tiles_n, convolution.groups, x.size(2), x.size(3), x.size(1), depth,
             shape[2], shape[3], shape[1], columns, *_geometry(convolution),
             NORM=_NORM_CODES[norm], **options,
-            **gemm_plan.meta(launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, y), depth),
+            **gemm_plan.meta(
+                launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, y), depth,
+                skip=gemm_plan.skips(weight, convolution, mode, *x.shape[2:]),
+            ),
             enable_fp_fusion=False,  # as batch_norm_act: backward recomputes forward's mask exactly
         )  # fmt: skip
         if batch:
@@ -248,21 +241,42 @@ def backward(
 
 def _input_gradient(dc: Tensor, x: Tensor, weight: Tensor, convolution: Convolution) -> Tensor:
     """dx, channels_last."""
-    weight = _channels_last(weight)
     dx = _empty(x.shape, x.dtype, x.device)
+    run_input_gradient(dc, weight, convolution, dx)
+    return dx
+
+
+def run_input_gradient(
+    dc: Tensor,
+    weight: Tensor,
+    convolution: Convolution,
+    dx: Tensor | None,
+    y: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Activation = IDENTITY,
+) -> None:
+    """Fill dx, and y, channels_last, from dc, channels_last; see ``input_gradient_kernel``."""
+    like = dx if y is None else y
+    assert like is not None
+    weight = _channels_last(weight)
     stride, groups = convolution.stride, convolution.groups
-    phase = [triton.cdiv(size, step) for size, step in zip(x.shape[2:], stride, strict=True)]
-    rows, columns, depth = x.size(0) * phase[0] * phase[1], weight.size(1), weight.size(0) // groups
+    n, channels, height, width = like.shape
+    phase = triton.cdiv(height, stride[0]), triton.cdiv(width, stride[1])
+    rows, columns, depth = n * phase[0] * phase[1], weight.size(1), weight.size(0) // groups
     products = groups * stride[0] * stride[1]
     mode = gemm_plan.mode(weight, convolution, depth, phases=True)
-    launch = gemm_plan.choose(rows, columns, products, x.dtype, mode, x.device)
+    launch = gemm_plan.choose(rows, columns, products, dc.dtype, mode, dc.device)
     tiles_n = triton.cdiv(columns, launch.block_n)
     gemm.input_gradient_kernel[(triton.cdiv(rows, launch.block_m) * tiles_n * products,)](
-        dc, weight, dx, rows, tiles_n, groups, *phase, x.size(2), x.size(3), x.size(1), columns,
+        dc, weight, dx, scale, shift, y, rows, tiles_n, groups, *phase, height, width, channels, columns,
         dc.size(2), dc.size(3), dc.size(1), depth, *_geometry(convolution),
-        **gemm_plan.meta(launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, dc), depth),
+        CODE=CODES[activation.name], PARAM=activation.param,
+        **gemm_plan.meta(
+            launch, dc.dtype, _kernel(weight), mode, gemm_plan.needs_int64(like, dc), depth,
+            skip=gemm_plan.skips(weight, convolution, mode, *dc.shape[2:]),
+        ),
     )  # fmt: skip
-    return dx
 
 
 def _weight_gradient(dc: Tensor, x: Tensor, weight: Tensor, convolution: Convolution) -> Tensor:
@@ -275,7 +289,8 @@ def _weight_gradient(dc: Tensor, x: Tensor, weight: Tensor, convolution: Convolu
     flat = mode == gemm.FLAT.value
     wide, products = (taps * depth, groups) if flat else (depth, groups * taps)
     launch = gemm_plan.choose(columns, wide, products, x.dtype, mode, x.device, shared=True)
-    meta = gemm_plan.meta(launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, dc))
+    skip = gemm_plan.skips(weight, convolution, mode, *x.shape[2:])
+    meta = gemm_plan.meta(launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, dc), skip=skip)
     tiles_m = triton.cdiv(columns, launch.block_m)
     tiles_n = triton.cdiv(taps * depth, launch.block_n) if flat else taps * triton.cdiv(depth, launch.block_n)
     programs, steps = tiles_m * tiles_n * groups, triton.cdiv(rows, meta["BLOCK_K"])

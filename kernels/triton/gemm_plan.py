@@ -22,6 +22,8 @@ _LEAST_DEPTH = 16
 #: Elements of the partial sums of a weight gradient (256 MiB).
 _MAX_PARTIAL = 2**26
 _MAX_SPLITS = 128
+#: Filters that reach over at least this share of an image (its inverse) look for taps to leave out.
+_SKIPPED_FROM = 3
 
 
 class Launch(NamedTuple):
@@ -76,7 +78,8 @@ def table(dtype: torch.dtype, mode: int, arch: int | None = None) -> tuple[Launc
     launches = EXACT if dtype == torch.float32 and precision(dtype) == "ieee" else TENSOR
     if launches is TENSOR and not (arch in (None, 90) or (arch == 100 and dtype != torch.float32)):
         launches = TENSOR[1:]  # without wgmma the largest tile spills, and on 100 in TF32
-    if mode in (gemm.FLAT.value, gemm.TAP_LOOP.value):  # (see there; flat addresses take many registers, too)
+    # (see there; flat addresses take many registers, too)
+    if mode in (gemm.FLAT.value, gemm.TAP_LOOP.value, gemm.PHASES.value):
         return tuple(launch for launch in launches if launch.num_warps <= 4)
     return launches
 
@@ -111,9 +114,17 @@ def mode(weight: Tensor, convolution: Convolution, depth: int, *, phases: bool =
         return gemm.POINTWISE.value
     if taps > 1 and depth < _LEAST_DEPTH:
         return gemm.FLAT.value
-    if taps > MAX_UNROLLED or (phases and convolution.stride != (1, 1)):
-        return gemm.TAP_LOOP.value
-    return gemm.TAPS.value
+    if phases and convolution.stride != (1, 1):
+        return gemm.PHASES.value if convolution.dilation == (1, 1) else gemm.TAP_LOOP.value
+    return gemm.TAP_LOOP.value if taps > MAX_UNROLLED else gemm.TAPS.value
+
+
+def skips(weight: Tensor, convolution: Convolution, mode: int, *sizes: int) -> bool:
+    """Whether many taps lie outside of an image of (height, width): those of a dilated filter of about its size."""
+    if mode not in (gemm.TAPS.value, gemm.TAP_LOOP.value):
+        return False
+    reach = [d * (k - 1) if d > 1 else 0 for d, k in zip(convolution.dilation, weight.shape[2:], strict=True)]
+    return any(_SKIPPED_FROM * r >= size for r, size in zip(reach, sizes, strict=True))
 
 
 def needs_int64(*tensors: Tensor) -> bool:
@@ -122,7 +133,14 @@ def needs_int64(*tensors: Tensor) -> bool:
 
 
 def meta(
-    launch: Launch, dtype: torch.dtype, kernel: tuple[int, int], mode: int, int64: bool, depth: int | None = None
+    launch: Launch,
+    dtype: torch.dtype,
+    kernel: tuple[int, int],
+    mode: int,
+    int64: bool,
+    depth: int | None = None,
+    *,
+    skip: bool = False,
 ) -> dict[str, Any]:
     """The keyword arguments of a product over ``depth`` channels, or (None) over positions."""
     # In float64 a sum of products holds block_m x block_k x block_n of them.
@@ -135,6 +153,7 @@ def meta(
         "R": kernel[0],
         "S": kernel[1],
         "MODE": mode,
+        "SKIP": skip,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "PRECISION": precision(dtype),
         "INT64": int64,

@@ -14,6 +14,12 @@ takes no part. The weight gradient is a product over positions.
 * TAP_LOOP: the same with a loop over taps, at most 4 warps: many taps, where unrolled code would be too long, and
   phases, in most of which most taps take no part.
 * FLAT: few channels; one loop over pairs (tap, channel), at most 4 warps.
+* PHASES: an input gradient with a stride and no dilation: TAP_LOOP over the taps alone that reach whole pixels from a
+  phase, every stride-th of a row or column of them.
+
+``SKIP`` leaves out, in TAPS and TAP_LOOP, what lies outside of the image, as much of an atrous convolution does: a tap
+that no position of a tile reaches the image by (tiles are runs of whole rows and parts of rows, so with the rates of
+ASPP these are the taps above and below), and in the weight gradient all positions from which its tap leaves the image.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ POINTWISE = tl.constexpr(0)
 TAPS = tl.constexpr(1)
 TAP_LOOP = tl.constexpr(2)
 FLAT = tl.constexpr(3)
+PHASES = tl.constexpr(4)
 
 #: Sizes of a problem, for whose values (1, multiples of 16) there is no use: a kernel would be compiled for each.
 _SIZES = [
@@ -61,6 +68,15 @@ def reach(tap, phase, stride, padding, dilation, BACKWARD: tl.constexpr):
         offset = tap * dilation - padding
         whole = offset == offset
     return offset, whole
+
+
+@triton.jit
+def window(offset, stride, size, out_size):
+    """(first, how many) of the positions from which a tap at ``offset`` reaches one of ``size`` pixels."""
+    first = (tl.maximum(-offset, 0) + stride - 1) // stride
+    last = size - 1 - offset  # (of the pixels that a position would stand on at the latest; none where negative)
+    end = tl.minimum(tl.where(last >= 0, tl.maximum(last, 0) // stride + 1, 0), out_size)
+    return first, tl.maximum(end - first, 0)
 
 
 @triton.jit
@@ -99,7 +115,7 @@ def _add_tap(
     acc, source, filters, n, h, w, exists, known, tap, phase_h, phase_w,
     height, width, channels, depth, tap_step, filter_step, steps,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    S: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    S: tl.constexpr, BACKWARD: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offset_h, whole_h = reach(tap // S, phase_h, stride_h, pad_h, dilation_h, BACKWARD)
     offset_w, whole_w = reach(tap % S, phase_w, stride_w, pad_w, dilation_w, BACKWARD)
@@ -107,6 +123,8 @@ def _add_tap(
     inside = exists & (hh >= 0) & (hh < height) & (ww >= 0) & (ww < width)
     if BACKWARD:
         steps = tl.where(whole_h & whole_w, steps, 0)
+    if SKIP:
+        steps = tl.where(tl.max(inside.to(tl.int32), axis=0) > 0, steps, 0)
     pixels = source + ((n * height + hh) * width + ww) * channels
     return _over_channels(
         acc, pixels, inside, filters + tap * tap_step, known, steps, depth, filter_step, PRECISION, BLOCK_K
@@ -118,7 +136,7 @@ def gather(
     source, weight, m, n, h, w, exists, column, known, group, phase_h, phase_w,
     height, width, channels, depth, columns, group_step, tap_step, filter_step, column_step,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, BACKWARD: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, BACKWARD: tl.constexpr, SKIP: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N]: the sum over taps and channels of source's pixels times weight.
@@ -139,14 +157,24 @@ def gather(
             acc = _add_tap(
                 acc, source, filters, n, h, w, exists, known, tap, phase_h, phase_w,
                 height, width, channels, depth, tap_step, filter_step, steps,
-                stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, S, BACKWARD, PRECISION, BLOCK_K,
+                stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, S, BACKWARD, SKIP, PRECISION, BLOCK_K,
             )  # fmt: skip
     elif MODE == TAP_LOOP:
         for tap in range(R * S):
             acc = _add_tap(
                 acc, source, filters, n, h, w, exists, known, tap, phase_h, phase_w,
                 height, width, channels, depth, tap_step, filter_step, steps,
-                stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, S, BACKWARD, PRECISION, BLOCK_K,
+                stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, S, BACKWARD, SKIP, PRECISION, BLOCK_K,
+            )  # fmt: skip
+    elif MODE == PHASES:
+        first_h, first_w = (phase_h + pad_h) % stride_h, (phase_w + pad_w) % stride_w
+        across = (S + stride_w - 1) // stride_w
+        for i in range(((R + stride_h - 1) // stride_h) * across):
+            tap_h, tap_w = first_h + i // across * stride_h, first_w + i % across * stride_w
+            acc = _add_tap(
+                acc, source, filters, n, h, w, exists, known, tap_h * S + tap_w, phase_h, phase_w,
+                height, width, channels, depth, tap_step, filter_step, tl.where((tap_h < R) & (tap_w < S), steps, 0),
+                stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, S, BACKWARD, False, PRECISION, BLOCK_K,
             )  # fmt: skip
     else:
         for i in range((R * S * depth + BLOCK_K - 1) // BLOCK_K):
@@ -173,7 +201,7 @@ def forward_kernel(
     rows, tiles_m, tiles_n, groups, height, width, channels, depth, out_height, out_width, out_channels, columns,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     EPS: tl.constexpr, CODE: tl.constexpr, PARAM: tl.constexpr, NORM: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, ACC: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, SKIP: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, INT64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """c = conv(x, weight) + bias, and what follows it.
@@ -195,7 +223,7 @@ def forward_kernel(
         x, weight, m, n, oh * stride_h, ow * stride_w, exists, column, known, group, 0, 0,
         height, width, channels, depth, columns, columns * filter_size, depth, 1, filter_size,
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-        R, S, MODE, False, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        R, S, MODE, False, SKIP, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     index = (group * columns + column)[None, :]
     known = known[None, :]
@@ -270,14 +298,18 @@ def condense_statistics_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def input_gradient_kernel(
-    dc, weight, dx,
+    dc, weight, dx, scale, shift, y,
     rows, tiles_n, groups, phase_height, phase_width, height, width, channels, columns,
     out_height, out_width, out_channels, depth,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, ACC: tl.constexpr,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, CODE: tl.constexpr, PARAM: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, SKIP: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, INT64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dx. Rows of a phase (p, q) are the pixels (i * stride_h + p, j * stride_w + q) of phase_height x phase_width."""
+    """dx. Rows of a phase (p, q) are the pixels (i * stride_h + p, j * stride_w + q) of phase_height x phase_width.
+
+    A transposed convolution is one, with an epilogue: its output, times scale and plus shift (channels,) where these
+    are given, goes to dx, and act of it to y; either may be None. Without a scale y is act of what dx holds.
+    """
     pid = tl.program_id(0)
     tile_n = pid % tiles_n
     group = (pid // tiles_n) % groups
@@ -294,11 +326,24 @@ def input_gradient_kernel(
         dc, weight, m, n, i, j, exists, column, known, group, phase_h, phase_w,
         out_height, out_width, out_channels, depth, columns, depth * filter_size, columns, filter_size, 1,
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-        R, S, MODE, True, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        R, S, MODE, True, SKIP, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     target = m if MODE == POINTWISE else (n * height + h) * width + w
-    offsets = target[:, None] * channels + (group * columns + column)[None, :]
-    tl.store(dx + offsets, acc.to(dx.dtype.element_ty), mask=exists[:, None] & known[None, :])
+    index = (group * columns + column)[None, :]
+    offsets = target[:, None] * channels + index
+    mask = exists[:, None] & known[None, :]
+    if scale is not None:
+        acc *= tl.load(scale + index, mask=known[None, :], other=0.0).to(ACC)
+    if shift is not None:
+        acc += tl.load(shift + index, mask=known[None, :], other=0.0).to(ACC)
+    rounded = acc.to(weight.dtype.element_ty)
+    if dx is not None:
+        tl.store(dx + offsets, rounded, mask=mask)
+    if y is not None:
+        z = acc
+        if scale is None:
+            z = rounded.to(ACC)
+        tl.store(y + offsets, act.forward(z, CODE, PARAM).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -307,7 +352,7 @@ def weight_gradient_kernel(
     rows, steps, steps_per_split, tiles_m, tiles_n, height, width, channels, depth,
     out_height, out_width, out_channels, columns,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, ACC: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, SKIP: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, INT64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, out_channels, taps, depth]: a share of the positions' sum of dc * (the pixel a tap reads).
@@ -333,14 +378,27 @@ def weight_gradient_kernel(
     gradient = dc + (group * columns + row)[:, None]
     source = x + group * depth + k
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    top, left, view_height, view_width = 0, 0, out_height, out_width
+    if SKIP:  # the positions from which the tap stays inside of the image
+        top, view_height = window(offset_h, stride_h, height, out_height)
+        left, view_width = window(offset_w, stride_w, width, out_width)
+        rows = rows // (out_height * out_width) * view_height * view_width
+        steps = (rows + BLOCK_K - 1) // BLOCK_K
+        steps_per_split = (steps + tl.num_programs(1) - 1) // tl.num_programs(1)
+        view_height, view_width = tl.maximum(view_height, 1), tl.maximum(view_width, 1)
     first = split * steps_per_split
     for i in range(first, tl.minimum(first + steps_per_split, steps)):
         m, exists = positions(i, rows, INT64, BLOCK_K)
+        if SKIP:
+            n, oh, ow = split_position(m, view_height, view_width)
+            oh, ow = oh + top, ow + left
+            m = (n * out_height + oh) * out_width + ow
         a = tl.load(gradient + m[None, :] * out_channels, mask=(row < columns)[:, None] & exists[None, :], other=0.0)
         if MODE == POINTWISE:
             b = tl.load(source + m[:, None] * channels, mask=exists[:, None] & known, other=0.0)
         else:
-            n, oh, ow = split_position(m, out_height, out_width)
+            if not SKIP:
+                n, oh, ow = split_position(m, out_height, out_width)
             hh, ww = (oh * stride_h)[:, None] + offset_h, (ow * stride_w)[:, None] + offset_w
             inside = exists[:, None] & (hh >= 0) & (hh < height) & (ww >= 0) & (ww < width)
             pixels = source + ((n[:, None] * height + hh) * width + ww) * channels

@@ -19,10 +19,13 @@ struct Geometry {
   int64_t outer, channels, inner;
 };
 
+// y and grad_y may be channels of a wider map (a concatenation): y_step and grad_y_step are the elements from one image
+// (rows: from one row) to the next, channels * inner where the map has no other channels. All else is dense.
 struct BatchNormActForward {
   const void *x, *residual, *weight, *bias;
   void *running_mean, *running_var;  // moved in place with batch_stats; read without
   void *y, *mean, *invstd;           // written
+  int64_t y_step;
   DType dtype, param_dtype;
   Geometry geometry;
   bool batch_stats;
@@ -33,6 +36,7 @@ struct BatchNormActForward {
 
 struct BatchNormActBackward {
   const void *grad_y, *x, *residual, *y, *weight, *bias, *mean, *invstd;
+  int64_t grad_y_step;
   void *grad_x, *grad_weight, *grad_bias, *grad_residual;  // written where not null
   DType dtype, param_dtype;
   Geometry geometry;

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 
 import torch
 
-from . import batch_norm_act, conv_bn_act, depthwise
+from . import atrous, batch_norm_act, conv_bn_act, depthwise, transposed
 from .base import DTYPES, Case, Problem, dtype_name
 
 __all__ = ["DTYPES", "OPS", "Case", "Problem", "dtype_name", "of"]
 
 #: Each op's ``cases(device_type, batch, dtypes)``, in the order in which they run.
-OPS = {"batch_norm_act": batch_norm_act.cases, "conv_bn_act": conv_bn_act.cases, "depthwise": depthwise.cases}
+OPS = {
+    "batch_norm_act": batch_norm_act.cases,
+    "conv_bn_act": conv_bn_act.cases,
+    "depthwise": depthwise.cases,
+    "atrous": atrous.cases,
+    "transposed": transposed.cases,
+}
 
 
 def of(

@@ -38,6 +38,11 @@ class Plain(nn.Module):
         self.conv = conv
         self.bn = bn
 
+    @property
+    def activates(self) -> bool:
+        """Whether a ReLU comes last."""
+        return self.bn is not None
+
     def before(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The activation's input, where there is an activation."""
         z = x if self.conv is None else self.conv(x)
@@ -46,7 +51,7 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         z = self.before(x, residual)
-        return z if self.bn is None else F.relu(z, inplace=True)
+        return F.relu(z, inplace=True) if self.activates else z
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Problem:
         # truths are made once, and with the gradient zero where rounding may decide whether the ReLU is on
         self.wide = copy.deepcopy(self.reference).double()
         self.grad = maps(case.out_shape)
-        if case.training and self.reference.bn is not None:
+        if case.training and self.reference.activates:
             self.grad = self.grad * self._away_from_the_kink()
 
     def names(self) -> list[str]:
@@ -182,9 +187,10 @@ class Problem:
 
 
 def _halved(plain: Plain, dtype: torch.dtype) -> Plain:
-    """The convolution in ``dtype`` and the batch norm in float32, as under autocast."""
-    if plain.conv is not None:
-        plain.conv.to(dtype)
+    """The convolutions in ``dtype`` and the batch norms in float32, as under autocast."""
+    for module in plain.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            module.to(dtype)
     return plain
 
 
@@ -202,9 +208,9 @@ def chosen(op: str) -> Iterator[list[str]]:
     names: list[str] = []
     original = dispatch.choose
 
-    def choose(op_name: str, request: Any) -> dispatch.Choice:
+    def choose(op_name: str, request: Any, *sizes: Any) -> dispatch.Choice:
         try:
-            choice = original(op_name, request)
+            choice = original(op_name, request, *sizes)
         except RuntimeError as error:
             raise Unsupported(str(error)) from error
         if op_name == op:

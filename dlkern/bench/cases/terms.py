@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .base import Problem
 
@@ -20,7 +23,7 @@ def _terms(problem: Problem) -> dict[str, Tensor]:
     x, dims, shape = problem.x.double(), (0, 2, 3), (1, -1, 1, 1)
     c, size = x, x.abs()
     if conv is not None:
-        c, size = conv(x), conv._conv_forward(x.abs(), conv.weight.abs(), None)
+        c, size = conv(x), sizes(conv, x.abs())
         # half inputs are exact, and summed in float32
         dtype = problem.case.dtype
         size = c.abs() + size * (torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
@@ -51,9 +54,19 @@ def _terms(problem: Problem) -> dict[str, Tensor]:
             conv.stride,
             conv.padding,
             conv.dilation,
-            False,
-            [0, 0],
+            conv.transposed,
+            conv.output_padding,
             conv.groups,
             [True, True, False],
         )
     return found
+
+
+def sizes(conv: nn.Module, x: Tensor) -> Tensor:
+    """What a convolution of absolute values makes with its weights' absolute values."""
+    assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
+    weight = conv.weight.abs()
+    if isinstance(conv, nn.Conv2d):
+        return conv._conv_forward(x, weight, None)
+    geometry: Any = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    return F.conv_transpose2d(x, weight, None, *geometry)

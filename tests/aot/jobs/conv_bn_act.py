@@ -29,6 +29,7 @@ _MODES = {
     "taps": (gemm.TAPS.value, (3, 3), 64),
     "tap_loop": (gemm.TAP_LOOP.value, (7, 7), 64),
     "flat": (gemm.FLAT.value, (7, 7), 3),
+    "phases": (gemm.PHASES.value, (4, 4), 64),
 }
 #: (norm, activation, with bias, with residual, with c)
 _EPILOGUES = (
@@ -48,7 +49,12 @@ _ROUND = ("channels", "out_channels", "depth", "columns")
 def _pointers(kernel: Any, data: str, epilogue: tuple[Any, ...]) -> dict[str, str | None]:
     wide, data = "*fp64" if data == "fp64" else "*fp32", f"*{data}"
     if kernel is gemm.input_gradient_kernel:
-        return {"dc": data, "weight": data, "dx": data}
+        norm, _, bias, _, keeps = epilogue
+        if norm == "batch":  # a gradient
+            return {"dc": data, "weight": data, "dx": data, "scale": None, "shift": None, "y": None}
+        transposed = {"dc": data, "weight": data, "dx": data if keeps else None, "y": data}
+        shift = wide if norm == "running" else data if bias else None
+        return {**transposed, "scale": wide if norm == "running" else None, "shift": shift}
     if kernel is gemm.weight_gradient_kernel:
         return {"dc": data, "x": data, "partial": wide}
     norm, _, bias, residual, keeps = epilogue
@@ -65,14 +71,23 @@ def _pointers(kernel: Any, data: str, epilogue: tuple[Any, ...]) -> dict[str, st
     }
 
 
-def _job(kernel: Any, launch: Launch, mode: str, data: str, tf32: bool, epilogue: tuple[Any, ...], unit: bool) -> Job:
-    """``unit``: stride, dilation and groups of 1, which Triton makes constants of."""
+def _job(
+    kernel: Any,
+    launch: Launch,
+    mode: str,
+    data: str,
+    tf32: bool,
+    epilogue: tuple[Any, ...],
+    unit: bool,
+    skip: bool = False,
+) -> Job:
+    """``unit``: stride, dilation and groups of 1, which Triton makes constants of; ``skip``: SKIP, dilations vary."""
     code, size, depth = _MODES[mode]
     if mode == "taps" and launch not in gemm_plan.TENSOR:
         size = (1, 3)  # (less to compile)
     int64 = launch.block_n == 32
     meta = gemm_plan.meta(
-        launch, _TORCH[data], size, code, int64, None if kernel is gemm.weight_gradient_kernel else depth
+        launch, _TORCH[data], size, code, int64, None if kernel is gemm.weight_gradient_kernel else depth, skip=skip
     )
     pointers = _pointers(kernel, data, epilogue)
     options = {name: meta.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
@@ -83,7 +98,16 @@ def _job(kernel: Any, launch: Launch, mode: str, data: str, tf32: bool, epilogue
         norm, activation, bias, residual, keeps = epilogue
         constants |= {"EPS": 1e-5, "CODE": CODES[activation], "PARAM": 0.01, "NORM": _NORMS[norm]}
         words += [f"norm-{norm}", activation, *["bias"] * bias, *["residual"] * residual, *["c"] * keeps]
-    if unit or (kernel is gemm.input_gradient_kernel and mode in ("taps", "pointwise")):  # (these have no phases)
+    if kernel is gemm.input_gradient_kernel:
+        norm, activation, *_ = epilogue
+        constants |= {"CODE": CODES["identity" if norm == "batch" else activation], "PARAM": 0.01}
+        words += [] if norm == "batch" else ["transposed", f"norm-{norm}", activation]
+    if skip:
+        words.append("skip")
+        constants |= {name: 1 for name in ("groups", "stride_h", "stride_w") if name in kernel.arg_names}
+    elif mode == "phases":
+        constants |= {"groups": 1, "dilation_h": 1, "dilation_w": 1}
+    elif unit or (kernel is gemm.input_gradient_kernel and mode in ("taps", "pointwise")):  # (these have no phases)
         ones = ("groups", "stride_h", "stride_w", "dilation_h", "dilation_w")
         constants |= {name: 1 for name in ones if name in kernel.arg_names}
         words.append("unit")
@@ -101,10 +125,25 @@ def _products() -> Iterator[Job]:
         for mode, (code, _, _) in _MODES.items():
             if kernel is gemm.weight_gradient_kernel and mode == "tap_loop":
                 continue  # the kernel does not tell it from "taps"
+            if mode == "phases" and kernel is not gemm.input_gradient_kernel:
+                continue
             for data, tf32 in _TYPES:
                 with mock.patch.object(gemm_plan, "allows_tf32", lambda tf32=tf32: tf32):
                     for launch in gemm_plan.table(_TORCH[data], code):
-                        yield _job(kernel, launch, mode, data, tf32, next(epilogues), next(unit))
+                        # a transposed convolution's epilogue where its phases are, a gradient elsewhere
+                        epilogue = next(epilogues)
+                        if kernel is gemm.input_gradient_kernel and mode != "phases":
+                            epilogue = _EPILOGUES[0]
+                        yield _job(kernel, launch, mode, data, tf32, epilogue, next(unit))
+
+
+def _atrous() -> Iterator[Job]:
+    """Taps outside of the image left out: every configuration in half types and float32."""
+    for kernel in (gemm.forward_kernel, gemm.input_gradient_kernel, gemm.weight_gradient_kernel):
+        for data, tf32 in (("bf16", True), ("fp32", False)):
+            with mock.patch.object(gemm_plan, "allows_tf32", lambda tf32=tf32: tf32):
+                for launch in gemm_plan.table(_TORCH[data], gemm.TAPS.value):
+                    yield _job(kernel, launch, "taps", data, tf32, _EPILOGUES[0], False, skip=True)
 
 
 def _sums() -> Iterator[Job]:
@@ -128,4 +167,5 @@ def _sums() -> Iterator[Job]:
 def jobs() -> Iterator[Job]:
     """Every kernel, mode, configuration and dtype."""
     yield from _products()
+    yield from _atrous()
     yield from _sums()

@@ -1,0 +1,17 @@
+"""Atrous spatial pyramid pooling: eager PyTorch, torch.compile and dlkern, by choice and by backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from .op_rows import parametrized, run
+
+
+@parametrized("atrous", "eager", "compile", "dlkern")
+def test_atrous(
+    case: Any, row: str, benchmark: Any, record: Any, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    run(case, row, benchmark, record, device, request)
