@@ -55,7 +55,7 @@ class Family(NamedTuple):
 
 
 def _default_order(name: str, request: Request) -> Sequence[str]:
-    """By benchmarks/results/amd-epyc/recurrent.json: float32, one thread, as many inputs as hidden units.
+    """By what benchmarks/bench_recurrent.py measures: float32, one thread, as many inputs as hidden units.
 
     PyTorch hands an LSTM's whole sequences to oneDNN, which wins from three of them on; packed and projected ones it
     does not. A cell is a call of two products, in which there is something to win only in inference on a few rows, and
