@@ -85,7 +85,7 @@ def test_every_configuration_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert chosen == {plan.SEQUENCE, plan.STEP, plan.CELL}
     assert {plan.choose(F16, 9, b, 700, norm=False) for b in (4, 64)} == set(plan.STEPS)
-    with pytest.raises(ValueError, match="at most 4096 units of a recurrent layer, got 5000"):
+    with pytest.raises(ValueError, match="at most 2048 units of a recurrent layer, got 5000"):
         plan.choose(F16, 9, 4, 5000, norm=True)
     monkeypatch.setattr(plan, "forced", plan.DOUBLE[0])
     with pytest.raises(ValueError, match="none of the configurations"):

@@ -127,7 +127,8 @@ def forward(
     with device_of(x):
         rows, columns, depth = shape[0] * shape[2] * shape[3], shape[1] // convolution.groups, weight.size(1)
         mode = gemm_plan.mode(weight, convolution, depth)
-        launch = gemm_plan.choose(rows, columns, convolution.groups, x.dtype, mode, x.device)
+        skip = gemm_plan.skips(weight, convolution, mode, *x.shape[2:])
+        launch = gemm_plan.choose(rows, columns, convolution.groups, x.dtype, mode, x.device, skip=skip)
         tiles_m, tiles_n = triton.cdiv(rows, launch.block_m), triton.cdiv(columns, launch.block_n)
         partial = torch.empty(3, tiles_m, shape[1], dtype=mean.dtype, device=x.device) if batch else None
         running = (None, None)
@@ -140,8 +141,7 @@ def forward(
             shape[2], shape[3], shape[1], columns, *_geometry(convolution),
             NORM=_NORM_CODES[norm], **options,
             **gemm_plan.meta(
-                launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, y), depth,
-                skip=gemm_plan.skips(weight, convolution, mode, *x.shape[2:]),
+                launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, y), depth, skip=skip
             ),
             enable_fp_fusion=False,  # as batch_norm_act: backward recomputes forward's mask exactly
         )  # fmt: skip
@@ -266,15 +266,15 @@ def run_input_gradient(
     rows, columns, depth = n * phase[0] * phase[1], weight.size(1), weight.size(0) // groups
     products = groups * stride[0] * stride[1]
     mode = gemm_plan.mode(weight, convolution, depth, phases=True)
-    launch = gemm_plan.choose(rows, columns, products, dc.dtype, mode, dc.device)
+    skip = gemm_plan.skips(weight, convolution, mode, *dc.shape[2:])
+    launch = gemm_plan.choose(rows, columns, products, dc.dtype, mode, dc.device, skip=skip)
     tiles_n = triton.cdiv(columns, launch.block_n)
     gemm.input_gradient_kernel[(triton.cdiv(rows, launch.block_m) * tiles_n * products,)](
         dc, weight, dx, scale, shift, y, rows, tiles_n, groups, *phase, height, width, channels, columns,
         dc.size(2), dc.size(3), dc.size(1), depth, *_geometry(convolution),
         CODE=CODES[activation.name], PARAM=activation.param,
         **gemm_plan.meta(
-            launch, dc.dtype, _kernel(weight), mode, gemm_plan.needs_int64(like, dc), depth,
-            skip=gemm_plan.skips(weight, convolution, mode, *dc.shape[2:]),
+            launch, dc.dtype, _kernel(weight), mode, gemm_plan.needs_int64(like, dc), depth, skip=skip
         ),
     )  # fmt: skip
 
@@ -288,8 +288,8 @@ def _weight_gradient(dc: Tensor, x: Tensor, weight: Tensor, convolution: Convolu
     mode = gemm_plan.mode(weight, convolution, depth)
     flat = mode == gemm.FLAT.value
     wide, products = (taps * depth, groups) if flat else (depth, groups * taps)
-    launch = gemm_plan.choose(columns, wide, products, x.dtype, mode, x.device, shared=True)
     skip = gemm_plan.skips(weight, convolution, mode, *x.shape[2:])
+    launch = gemm_plan.choose(columns, wide, products, x.dtype, mode, x.device, shared=True, skip=skip)
     meta = gemm_plan.meta(launch, x.dtype, _kernel(weight), mode, gemm_plan.needs_int64(x, dc), skip=skip)
     tiles_m = triton.cdiv(columns, launch.block_m)
     tiles_n = triton.cdiv(taps * depth, launch.block_n) if flat else taps * triton.cdiv(depth, launch.block_n)

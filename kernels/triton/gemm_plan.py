@@ -71,13 +71,13 @@ def architecture(device: torch.device) -> int | None:
     return torch.cuda.get_device_capability(device)[0] * 10
 
 
-def table(dtype: torch.dtype, mode: int, arch: int | None = None) -> tuple[Launch, ...]:
+def table(dtype: torch.dtype, mode: int, arch: int | None = None, *, skip: bool = False) -> tuple[Launch, ...]:
     """The configurations for a dtype and a mode under the present settings: on an architecture, or (None) all."""
     if dtype == torch.float64:
         return DOUBLE
     launches = EXACT if dtype == torch.float32 and precision(dtype) == "ieee" else TENSOR
-    if launches is TENSOR and not (arch in (None, 90) or (arch == 100 and dtype != torch.float32)):
-        launches = TENSOR[1:]  # without wgmma the largest tile spills, and on 100 in TF32
+    if launches is TENSOR and not (arch in (None, 90) or (arch == 100 and dtype != torch.float32 and not skip)):
+        launches = TENSOR[1:]  # without wgmma the largest tile spills, on 100 in TF32 and where taps are skipped
     # (see there; flat addresses take many registers, too)
     if mode in (gemm.FLAT.value, gemm.TAP_LOOP.value, gemm.PHASES.value):
         return tuple(launch for launch in launches if launch.num_warps <= 4)
@@ -85,14 +85,22 @@ def table(dtype: torch.dtype, mode: int, arch: int | None = None) -> tuple[Launc
 
 
 def choose(
-    rows: int, columns: int, products: int, dtype: torch.dtype, mode: int, device: torch.device, *, shared: bool = False
+    rows: int,
+    columns: int,
+    products: int,
+    dtype: torch.dtype,
+    mode: int,
+    device: torch.device,
+    *,
+    shared: bool = False,
+    skip: bool = False,
 ) -> Launch:
     """The configuration for ``products`` products of rows x columns that should take the least time.
 
     The time of a tile counts its area and, for what it loads, its sides; few tiles leave the device idle, unless
     (``shared``) each is cut into shares.
     """
-    candidates = table(dtype, mode, architecture(device))
+    candidates = table(dtype, mode, architecture(device), skip=skip)
     if forced is not None:
         if forced not in candidates:
             raise ValueError(f"{forced} is none of the configurations for {dtype} in mode {mode}")

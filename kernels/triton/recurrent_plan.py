@@ -35,8 +35,8 @@ SEQUENCES = {
     64: Launch(SEQUENCE, 16, 64, 64, 8, 1),
 }
 SEQUENCES_EXACT = {16: Launch(SEQUENCE, 16, 16, 16, 8, 1)}  # (32 spill on 10.0)
-#: Sizes up to which a row of a cell fits a program.
-MOST_UNITS = 4096
+#: Sizes up to which a row of a cell, and of all its gates, fits a program; beyond them ptxas spills.
+MOST_UNITS = 2048
 
 #: Set by tests and tuning to run one configuration; None leaves the choice to the heuristic.
 forced: Launch | None = None
@@ -54,7 +54,7 @@ def row_warps(width: int) -> int:
 
 def norm_warps(width: int) -> int:
     """Warps of a program with a row of ``width`` elements."""
-    return min(max(width // 512, 4), 32)
+    return min(max(triton.next_power_of_2(width) // 512, 4), 32)
 
 
 def allows_tf32() -> bool:

@@ -138,7 +138,8 @@ def _convolved(dc: Tensor, x: Tensor, weight: Tensor, convolution: Convolution) 
     groups, depth = convolution.groups, weight.size(1)
     rows, columns = n * height * width, channels // groups
     mode = gemm_plan.mode(weight, convolution, depth)
-    launch = gemm_plan.choose(rows, columns, groups, x.dtype, mode, x.device)
+    skip = gemm_plan.skips(weight, convolution, mode, *dc.shape[2:])
+    launch = gemm_plan.choose(rows, columns, groups, x.dtype, mode, x.device, skip=skip)
     tiles_m, tiles_n = triton.cdiv(rows, launch.block_m), triton.cdiv(columns, launch.block_n)
     gemm.forward_kernel[(tiles_m * tiles_n * groups,)](
         dc, weight, None, None, None, None, None, None, dx, None, None, None, None,
@@ -146,8 +147,7 @@ def _convolved(dc: Tensor, x: Tensor, weight: Tensor, convolution: Convolution) 
         height, width, channels, columns, *conv._geometry(convolution),
         EPS=0.0, CODE=CODES["identity"], PARAM=0.0, NORM=gemm.NORM_NONE.value,
         **gemm_plan.meta(
-            launch, x.dtype, (weight.size(2), weight.size(3)), mode, gemm_plan.needs_int64(dc, dx), depth,
-            skip=gemm_plan.skips(weight, convolution, mode, *dc.shape[2:]),
+            launch, x.dtype, (weight.size(2), weight.size(3)), mode, gemm_plan.needs_int64(dc, dx), depth, skip=skip
         ),
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -113,7 +113,7 @@ def _job(
         words.append("unit")
     signature = {**dict.fromkeys(kernel.arg_names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
     divisible = tuple(name for name in _ROUND if name in kernel.arg_names and mode != "flat")
-    where = tuple(arch for arch in ARCHITECTURES if launch in gemm_plan.table(_TORCH[data], code, arch))
+    where = tuple(arch for arch in ARCHITECTURES if launch in gemm_plan.table(_TORCH[data], code, arch, skip=skip))
     wgmma = data in ("fp16", "bf16")
     return Job(" ".join(words), kernel, signature, constants, options, divisible, wgmma, where)
 
