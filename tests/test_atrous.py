@@ -113,7 +113,7 @@ CASES = [
     Case((2, 6, 9, 9), (4,), separable=True, layout="channels_last", pooled=False),
     Case((1, 5, 6, 5), (2, 3), training=False),
     Case((3, 5, 6, 5), (2, 3), dtype=torch.float64),
-    Case((2, 5, 6, 6), (2, 30), layout="transposed"),
+    Case((3, 5, 6, 6), (2, 30), layout="transposed"),
     Case((4, 8, 6, 6), (2, 3), dtype=torch.float16, param_dtype=torch.float32),
 ]
 
@@ -313,7 +313,10 @@ def test_transforms_are_pytorchs() -> None:
     with torch.no_grad(), dlkern.backend(batch_norm_act="torch"):
         _, tangent = torch.func.jvp(f, (b.x,), (torch.ones_like(b.x),))
     assert tangent.shape == (3, 4, 5, 5)
-    with dlkern.backend(atrous="reference"), pytest.raises(RuntimeError, match=r"no torch\.func transforms"):
+    with (
+        dlkern.backend(atrous="reference"),
+        pytest.raises(RuntimeError, match=r"no torch\.func|implement the jvp"),
+    ):
         torch.func.jvp(f, (b.x,), (torch.ones_like(b.x),))
 
 

@@ -20,7 +20,7 @@ from dlkern._swap.classes import plan_of
 from dlkern.tuning import answers, cache, policy, race, record
 from dlkern.tuning import step as stepping
 
-SLOW = 0.02
+SLOW = 0.05
 SHORT = race.Effort(0.0, 5, 5)
 
 

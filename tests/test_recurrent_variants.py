@@ -308,7 +308,7 @@ def test_all_cells(backend: str) -> None:
         assert y.shape == cells.shape == (3, 5, 6)
         assert torch.equal(cells[:, -1], c_n[0])
         with torch.no_grad():
-            assert torch.equal(layer(x)[2], cells)
+            torch.testing.assert_close(layer(x)[2], cells)  # by another route, which keeps nothing
         _, _, alone = layer(x[0])
         torch.testing.assert_close(alone, cells[0])
         packed = pack_padded_sequence(x, torch.tensor([2, 5, 3]), batch_first=True, enforce_sorted=False)

@@ -67,6 +67,7 @@ class ConvNorm(NamedTuple):
 
     @property
     def batch_stats(self) -> bool:
+        """Whether the batch's statistics normalise, and not the running ones."""
         return self.training or self.running_mean is None
 
 
