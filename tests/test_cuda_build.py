@@ -51,6 +51,14 @@ def load_build_cuda() -> ModuleType:
     return module
 
 
+def _built() -> bool:
+    """Whether the extension has CUDA kernels."""
+    try:
+        return bool(importlib.import_module("dlkern._C").cuda_kernels())
+    except ImportError:
+        return False
+
+
 @pytest.fixture
 def build_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("setuptools")
@@ -211,6 +219,8 @@ def test_nvcc_spills_nothing(op: str, build_cuda: ModuleType, tmp_path: Path) ->
     toolkit = build_cuda.find()
     if toolkit is None:
         pytest.skip("no nvcc on the path")
+    if _built():
+        pytest.skip("dlkern._C has been built with them: see test_what_is_built_spills_nothing")
     csrc = ROOT / "csrc"
     source = csrc / "cuda" / f"{op}.cu"
     command = [toolkit.nvcc, *build_cuda.FLAGS, *toolkit.gencode, f"-I{csrc}", f"-I{csrc / 'include'}", "-Xptxas=-v"]
@@ -221,6 +231,23 @@ def test_nvcc_spills_nothing(op: str, build_cuda: ModuleType, tmp_path: Path) ->
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(frames) == len(KERNELS[op]) * sum(a.startswith("sm_") for a in toolkit.architectures), done.stderr
     assert set(frames) == {("0", "0", "0")}, done.stderr
+
+
+def test_what_is_built_spills_nothing() -> None:
+    """Of every kernel in the extension, for each architecture that it has code of."""
+    if not _built():
+        pytest.skip("dlkern._C was built without CUDA kernels")
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        pytest.skip("cuobjdump comes with triton, which is not installed")
+    extension = importlib.import_module("dlkern._C")
+    cuobjdump = Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [cuobjdump, "--dump-resource-usage", extension.__file__]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.findall(r"\bSTACK:(\d+) .*\bLOCAL:(\d+)", out)
+    compiled = [a for a in extension.build_info()["cuda_architectures"] if a.startswith("sm_")]
+    assert len(used) == len(ALL_KERNELS) * len(compiled), out
+    assert set(used) == {("0", "0")}, out
 
 
 def test_architectures_are_read(build_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
