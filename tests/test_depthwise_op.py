@@ -212,7 +212,8 @@ def test_default_order() -> None:
     choices: list[tuple[str, dict[str, Any]]] = [
         ("cpu", {}),
         ("cpu", {"plane": 1024}),
-        ("torch", {"plane": 256}),
+        ("cpu", {"plane": 256}),
+        ("torch", {"plane": 256, "stride": (2, 2)}),
         ("cpu", {"plane": 256, "gradients": True}),
         ("torch", {"plane": 256, "gradients": True, "stride": (2, 2)}),
         ("cpu", {"plane": 256, "gradients": True, "stride": (2, 2), "kernel": (5, 5)}),

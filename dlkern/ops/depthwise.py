@@ -39,7 +39,7 @@ def _default_order(request: Request) -> Sequence[str]:
         return ours  # PyTorch's gradient of the weight is fast for 3 x 3 alone
     if request.channels_last:
         small = 0 < request.plane <= 256  # 14 x 14
-        return theirs if small and (reduction > 1 or not request.gradients) else ours
+        return theirs if small and reduction > 1 else ours
     if request.gradients:
         return ours if request.plane >= 1024 * reduction else theirs
     return ours if size <= 3 and (reduction == 1 or request.plane >= 256) else theirs
