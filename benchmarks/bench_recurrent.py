@@ -6,27 +6,15 @@ call that is timed.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
-from dlkern.bench import measure
 from dlkern.bench.cases.recurrent import RecurrentCase, RecurrentProblem, cases
 from dlkern.kernels.cpu import unavailable
 
-ROWS = ("dlkern", "dlkern-cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from .own_time import ROWS, race
 
 
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -38,14 +26,4 @@ def _one_thread() -> Iterator[None]:
 def test_recurrent(case: RecurrentCase, row: str, benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:
     problem = RecurrentProblem(case)
     eager = problem.step(problem.module(nn))
-    with problem.candidate(row) as step:
-        backend = problem.check(step, eager)
-        comparison = measure.compare(
-            {"eager": eager, row: step},
-            device="cpu",
-            clock=time.thread_time,
-            min_seconds=request.config.getoption("--min-seconds"),
-        )
-        benchmark.pedantic(step, rounds=5, warmup_rounds=1)
-    ratio = comparison.ratio(row).paired.median
-    record({**case.facts, "row": row}, comparison, {"ratio": ratio, "target": case.target, "backend": backend})
+    race(problem, row, eager, benchmark, record, request)

@@ -46,7 +46,7 @@ INFERENCE = [
     case._replace(norm=norm, activation=activation, residual=residual, dtype=torch.float32, param_dtype=None)
     for case in (CASES[0], CASES[1], CASES[2], CASES[3], CASES[5])
     for norm in ("running", "none")
-    for activation, residual in [(name, False) for name in cpu._POST_OPS] + [("relu", True), ("identity", True)]
+    for activation, residual in [(name, False) for name in cpu.POST_OPS] + [("relu", True), ("identity", True)]
 ]
 
 

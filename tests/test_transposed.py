@@ -44,7 +44,8 @@ def test_parity(case: Case, target: tuple[str, str]) -> None:
     check(case, target)
 
 
-_FUSED = {CASES[0]: ("relu", "tanh"), CASES[1]: tuple(cpu._POST_OPS), CASES[3]: ("relu",), CASES[4]: ("silu",)}
+_ALL = tuple(cpu.conv_bn_act.POST_OPS)
+_FUSED = {CASES[0]: ("relu", "tanh"), CASES[1]: _ALL, CASES[3]: ("relu",), CASES[4]: ("silu",)}
 INFERENCE = [
     case._replace(norm=norm, activation=activation, dtype=torch.float32, param_dtype=None)
     for case, activations in _FUSED.items()

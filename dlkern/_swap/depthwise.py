@@ -211,7 +211,7 @@ def takes_alone(conv: Any, x: Any) -> bool:
     size = geometry.output_size(x, weight)
     if size[2] < 1 or size[3] < 1:
         return False
-    gradients = op.transformed() or library.wants_gradient(x, weight, conv._parameters.get("bias"))
+    gradients = library.transformed() or library.wants_gradient(x, weight, conv._parameters.get("bias"))
     return dispatch.recording() or op.choose(x, weight, geometry, "identity", gradients, dtype) != "torch"
 
 

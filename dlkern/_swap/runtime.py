@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from dlkern.functional.dtypes import DTYPES, HALF_DTYPES
+from dlkern.ops import library
 
 #: A plain global, as dispatch's forced backends are: threads of the user's see it.
 _fallback_forbidden = False
@@ -80,7 +80,7 @@ def unhooked(module: Any) -> bool:
 
 def watched(x: Any) -> bool:
     """Whether something looks at a call on x that would not see through a fused op: a transform, torch.jit.trace."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if library.transformed():
         return True
     return not torch.compiler.is_compiling() and (torch._C._get_tracing_state() is not None or x.is_neg())
 

@@ -16,7 +16,7 @@ from dlkern.ops.atrous import Options, PooledMean
 
 from .arguments import Size, pair
 from .batch_norm_act import batch_norm_act
-from .conv_bn_act import _check_vector, conv_act, conv_bn_act
+from .conv_bn_act import check_vector, conv_act, conv_bn_act
 from .depthwise import depthwise_conv2d
 from .dtypes import DTYPES, check_parameter_dtype
 
@@ -230,7 +230,7 @@ def _check_part(name: str, part: ConvNorm, x: Tensor, channels: int, *, pointwis
         value = getattr(part, what)
         if value is None:
             continue
-        _check_vector(f"{name}: {what}", value, weight.size(0), x)
+        check_vector(f"{name}: {what}", value, weight.size(0), x)
         if what == "bias":
             continue
         if parameter_dtype not in (None, value.dtype):

@@ -82,7 +82,7 @@ def conv_bn_act(
     for name, value in norms:
         if value is None:
             continue
-        _check_vector(name, value, weight.size(0), x)
+        check_vector(name, value, weight.size(0), x)
         if dtype is not None and value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} like the other parameters, got {value.dtype}")
         dtype = value.dtype
@@ -175,12 +175,12 @@ def _apply(
 
 # -------------------------------------------------------------------------------------- checks
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_dtypes(x, weight, bias, "(K, C / groups, R, S)")
+    check_dtypes(x, weight, bias, "(K, C / groups, R, S)")
     if bias is not None:
-        _check_vector("bias", bias, weight.size(0), x)
+        check_vector("bias", bias, weight.size(0), x)
 
 
-def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: str) -> None:
+def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -198,7 +198,7 @@ def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: 
             raise RuntimeError(f"{name}: expected device {x.device} like x, got {value.device}")
 
 
-def _check_vector(name: str, value: Tensor, channels: int, x: Tensor) -> None:
+def check_vector(name: str, value: Tensor, channels: int, x: Tensor) -> None:
     if value.device != x.device:
         raise RuntimeError(f"{name}: expected device {x.device} like x, got {value.device}")
     if tuple(value.shape) != (channels,):

@@ -10,7 +10,7 @@ from dlkern.kernels.reference.transposed import Geometry
 from dlkern.ops import transposed as _transposed
 
 from .arguments import Size, autocast, pair
-from .conv_bn_act import _check_dtypes, _check_vector
+from .conv_bn_act import check_dtypes, check_vector
 from .dtypes import check_parameter_dtype
 
 
@@ -70,7 +70,7 @@ def conv_transpose_bn_act(
     for name, value in norms:
         if value is None:
             continue
-        _check_vector(name, value, channels, x)
+        check_vector(name, value, channels, x)
         if dtype is not None and value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} like the other parameters, got {value.dtype}")
         dtype = value.dtype
@@ -139,7 +139,7 @@ def check(
     dilation: Size,
 ) -> Geometry:
     """The geometry; ValueError, TypeError or RuntimeError where the arguments of a call do not fit together."""
-    _check_dtypes(x, weight, bias, "(C, K / groups, R, S)")
+    check_dtypes(x, weight, bias, "(C, K / groups, R, S)")
     geometry = Geometry(
         pair("stride", stride, 1),
         pair("padding", padding, 0),
@@ -158,7 +158,7 @@ def check(
     if channels % groups:
         raise ValueError(f"groups: {groups} does not divide {channels} input channels")
     if bias is not None:
-        _check_vector("bias", bias, weight.size(1) * groups, x)
+        check_vector("bias", bias, weight.size(1) * groups, x)
     for extra, step, spread in zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True):
         if extra >= max(step, spread):
             raise ValueError(

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dlkern import dispatch
 from dlkern.kernels import layout
@@ -314,11 +313,8 @@ def choose(maps: Sequence[Tensor], parameters: Sequence[tuple[Tensor | None, ...
         backend = dispatch.choose(NAME, request, x).backend
         if backend == "torch":
             return backend
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if library.transformed():
         if dispatch.forced(NAME) is None:
             return "torch"
-        raise RuntimeError(
-            f"{NAME}: the {backend} backend has no torch.func transforms and no forward-mode gradients; "
-            "use dlkern.backend(atrous='torch')"
-        )
+        raise library.no_transforms(NAME, backend)
     return backend

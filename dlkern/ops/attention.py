@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dlkern import dispatch
 from dlkern.kernels.reference import attention as reference
@@ -220,7 +219,7 @@ def apply(
         extras = extras._replace(seed=torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device))
     inputs = (query, key, value, *extras, *options, backend)
     # forward mode: a Function without a jvp raises, where an op without one would drop the tangent
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if library.transformed():
         out, lse = _TransformedFunction.apply(*inputs)
     elif library.wants_gradient(query, key, value, extras.mask, extras.bias, extras.table):
         out, lse = AttentionFunction.apply(*inputs)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dlkern import dispatch
 from dlkern.kernels import layout
@@ -321,7 +320,7 @@ def apply(
         x, weight, bias, residual, running_mean, running_var, batch_stats, momentum, eps, *activation, backend
     )  # fmt: skip
     # forward mode: a Function without a jvp raises, where an op without one would drop the tangent
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if library.transformed():
         return _TransformedFunction.apply(*inputs)[0]
     if library.wants_gradient(x, weight, bias, residual):
         return (function or BatchNormActFunction).apply(*inputs)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dlkern import dispatch
 from dlkern.kernels import layout
@@ -338,12 +337,9 @@ def apply(
     size = convolution.output_size(x, weight)
     request = request_of(x, weight, parameter, convolution, size, norm, saves, residual is not None, activation.name)
     backend = dispatch.choose(NAME, request, x, weight).backend
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = library.transformed()
     if transformed and backend != "torch":
-        raise RuntimeError(
-            f"conv_bn_act: the {backend} backend has no torch.func transforms and no forward-mode gradients; "
-            "use dlkern.backend(conv_bn_act='torch')"
-        )
+        raise library.no_transforms(NAME, backend)
     if backend == "torch" or x.numel() == 0:
         plain = not saves or transformed or torch.compiler.is_compiling()
         with contextlib.nullcontext() if plain or x.grad_fn is None else recompute.forgetting(x):

@@ -302,17 +302,12 @@ def apply(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation = IDENTITY
 ) -> Tensor:
     """Choose an implementation and run it, with autograd where a gradient is wanted."""
-    saves = transformed() or library.wants_gradient(x, weight, bias)
+    saves = library.transformed() or library.wants_gradient(x, weight, bias)
     # backward wants the convolution's output and not the activation's
     backend = choose(x, weight, geometry, "identity" if saves else activation.name, saves)
     if backend == "torch":
         return by_torch(x, weight, bias, geometry, activation)
     return run(x, weight, bias, geometry, activation, backend)
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform or forward mode is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _takes_gradients_only() -> bool:
@@ -340,7 +335,7 @@ def choose(
     """
     if x.numel() == 0 or weight.numel() == 0:
         return "torch"
-    if transformed() and not _takes_gradients_only():
+    if library.transformed() and not _takes_gradients_only():
         forced = dispatch.forced(NAME)
         if forced is None or forced == "torch":
             return "torch"
@@ -356,7 +351,7 @@ def run(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation, backend: str
 ) -> Tensor:
     """The op by an implementation other than "torch"."""
-    watched = transformed()
+    watched = library.transformed()
     if not watched and not library.wants_gradient(x, weight, bias):
         inputs = (x, weight, bias, *geometry, *activation, False, backend)
         return (run_forward if library.unwatched(x) else forward_op)(*inputs)[0]

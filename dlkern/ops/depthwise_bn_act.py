@@ -74,17 +74,17 @@ def apply(
     backend: str,
 ) -> Tensor:
     """The chain by an implementation of ``depthwise`` other than "torch"; arguments as conv_bn_act.apply has them."""
-    saves = saves or depthwise.transformed()
+    saves = saves or library.transformed()
     if not saves and residual is None:
         if norm == "none":
             return depthwise.run(x, weight, bias, geometry, activation, backend)
         if norm == "running" and running_mean is not None and running_var is not None and _folds(x, weight, geometry):
             weight, bias = _folded(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
             return depthwise.run(x, weight, bias, geometry, activation, backend)
-    plain = not saves or depthwise.transformed() or torch.compiler.is_compiling()
+    plain = not saves or library.transformed() or torch.compiler.is_compiling()
     keep_less = memory_efficient and not plain
     with contextlib.nullcontext() if plain or x.grad_fn is None else recompute.forgetting(x):
-        if norm == "batch" and not keep_less and not depthwise.transformed():
+        if norm == "batch" and not keep_less and not library.transformed():
             parameters = (bn_weight, bn_bias, running_mean, running_var)
             passes = _normaliser(x, weight, geometry, parameters, residual is not None, activation, backend)
             if passes is not None:

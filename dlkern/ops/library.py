@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("dlkern", "FRAGMENT")
 
@@ -33,6 +34,19 @@ def unwatched(x: Tensor) -> bool:
         and type(x) is Tensor
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
+    )
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward mode is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def no_transforms(op: str, backend: str) -> RuntimeError:
+    """What is raised where a backend was forced that has neither transforms nor forward mode."""
+    return RuntimeError(
+        f"{op}: the {backend} backend has no torch.func transforms and no forward-mode gradients; "
+        f"use dlkern.backend({op}='torch')"
     )
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
-from torch.autograd import forward_ad
 
 from dlkern import dispatch
 from dlkern.kernels.reference.recurrent import FEW_SEQUENCES, TINY_WEIGHT, Request
@@ -70,7 +69,7 @@ def layer(
             recurrent_activation=recurrent_activation, reverse=reverse, saves=all_cells,
         )  # fmt: skip
         cells = found[4]
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    elif library.transformed():
         # forward mode: a Function without a jvp raises, where an op without one would drop the tangent
         found = op.transformed.apply(activation, recurrent_activation, reverse, True, recompute, backend, *tensors)
         cells = found[4]

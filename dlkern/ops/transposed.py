@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dlkern import dispatch
 from dlkern.kernels import layout
@@ -31,8 +30,9 @@ NAME = "transposed"
 def _default_order(request: Request) -> Sequence[str]:
     """PyTorch's own convolution, with the op batch_norm_act behind it.
 
-    On the CPU oneDNN's fused one, which inference could use, was 1.5 times slower than that in NCHW on the layers of
-    DCGAN, and no faster in channels_last. On a GPU: until a committed results file shows ours right and not slower.
+    On the CPU oneDNN's fused one, which inference could use, is slower than that in NCHW on the layers of DCGAN, and no
+    faster in channels_last (benchmarks/bench_transposed.py). On a GPU: until a committed results file shows ours right
+    and not slower.
     """
     del request
     return ("torch",)
@@ -293,14 +293,11 @@ def apply(
     saves = library.wants_gradient(x, weight, bias, bn_weight, bn_bias)
     parameter = bn_weight if bn_weight is not None else running_mean
     request = request_of(x, weight, parameter, geometry, norm, saves, activation.name)
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = library.transformed()
     forced = dispatch.forced(NAME)
     backend = "torch" if transformed and forced is None else dispatch.choose(NAME, request, x, weight).backend
     if transformed and backend != "torch":
-        raise RuntimeError(
-            f"{NAME}: the {backend} backend has no torch.func transforms and no forward-mode gradients; "
-            "use dlkern.backend(transposed='torch')"
-        )
+        raise library.no_transforms(NAME, backend)
     if backend == "torch" or x.numel() == 0:
         c = F.conv_transpose2d(x, weight, bias, *geometry)
         if norm == "none":  # nobody else holds the convolution's output, and its backward does not read it

@@ -5,9 +5,12 @@ The kernels of csrc/cpu/batch_norm_act.cpp write, and in backward read, the wide
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from ..activation import Activation
+from ..reference import atrous as reference
 from . import batch_norm_act
 from .batch_norm_act import supports
 
@@ -44,32 +47,4 @@ def forward(
     return mean, invstd
 
 
-def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    *,
-    batch_stats: bool,
-    activation: Activation,
-    needs_x: bool,
-    needs_params: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias (None where not needed)."""
-    return batch_norm_act.backward(
-        grad_y,
-        x,
-        weight,
-        bias,
-        None,
-        None,
-        mean,
-        invstd,
-        batch_stats=batch_stats,
-        activation=activation,
-        needs_x=needs_x,
-        needs_params=needs_params,
-        needs_residual=False,
-    )[:3]
+backward = functools.partial(reference.backward_by, batch_norm_act)

@@ -22,7 +22,7 @@ from ..reference.conv_bn_act import Convolution, Needs, Request
 from . import batch_norm_act, refuses
 
 #: oneDNN's post-ops as PyTorch names them: (name, scalars, algorithm) of an activation.
-_POST_OPS: dict[str, Any] = {
+POST_OPS: dict[str, Any] = {
     "identity": lambda a: ("none", [], None),
     "relu": lambda a: ("relu", [], None),
     "relu6": lambda a: ("hardtanh", [0.0, 6.0], None),
@@ -39,6 +39,11 @@ _POST_OPS: dict[str, Any] = {
 
 def supports(request: Request) -> str | None:
     """None for training, and for inference in float32 with what oneDNN fuses; else the reason in words."""
+    return composes(request, residual=request.residual)
+
+
+def composes(request: Any, *, residual: bool) -> str | None:
+    """``supports`` for a request of this op, or of op transposed, which has no residual."""
     reason = refuses(request.device, ())
     if reason is not None:
         return reason
@@ -50,15 +55,15 @@ def supports(request: Request) -> str | None:
                 request.param_dtype,
                 request.channels_last,
                 request.norm == "batch",
-                request.residual,
+                residual,
                 request.activation,
             )
         )
     if request.dtype != torch.float32 or request.param_dtype != torch.float32:
         return f"the cpu backend folds in float32, not in {request.dtype}"
-    if request.activation not in _POST_OPS:
+    if request.activation not in POST_OPS:
         return f"oneDNN's convolution has no activation {request.activation!r}"
-    if request.residual and request.activation not in ("identity", "relu"):
+    if residual and request.activation not in ("identity", "relu"):
         return f"oneDNN's convolution adds a residual before relu or nothing, not before {request.activation!r}"
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
@@ -75,12 +80,24 @@ def fold(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that computes batch_norm(conv2d(x, weight) + bias)."""
+    scale, shift = affine(bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    return weight * scale.view(-1, 1, 1, 1), shift
+
+
+def affine(
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """scale and shift of batch_norm(c + bias) = c * scale + shift, by running statistics."""
     scale = torch.rsqrt(running_var + eps)
     if bn_weight is not None:
         scale = scale * bn_weight
-    shift = -running_mean if bias is None else bias - running_mean
-    shift = shift * scale
-    return weight * scale.view(-1, 1, 1, 1), shift if bn_bias is None else shift + bn_bias
+    shift = (-running_mean if bias is None else bias - running_mean) * scale
+    return scale, shift if bn_bias is None else shift + bn_bias
 
 
 def convolve(
@@ -93,7 +110,7 @@ def convolve(
 ) -> Tensor:
     """act(conv2d(x, weight) + bias + residual) by oneDNN, in one pass."""
     stride, padding, dilation, groups = convolution
-    name, scalars, algorithm = _POST_OPS[activation.name](activation)
+    name, scalars, algorithm = POST_OPS[activation.name](activation)
     op = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
         return op.default(x, weight, bias, padding, stride, dilation, groups, name, scalars, algorithm)

@@ -12,34 +12,12 @@ from torch import Tensor
 from ..activation import Activation
 from ..reference import transposed as reference
 from ..reference.transposed import Geometry, Needs, Request
-from . import batch_norm_act, refuses
-from .conv_bn_act import _POST_OPS
+from . import batch_norm_act, conv_bn_act
 
 
 def supports(request: Request) -> str | None:
     """None for training, and for inference in float32 with what oneDNN fuses; else the reason in words."""
-    reason = refuses(request.device, ())
-    if reason is not None:
-        return reason
-    if request.norm == "batch" or request.saves:
-        return batch_norm_act.supports(
-            batch_norm_act.Request(
-                request.device,
-                request.dtype,
-                request.param_dtype,
-                request.channels_last,
-                request.norm == "batch",
-                False,
-                request.activation,
-            )
-        )
-    if request.dtype != torch.float32 or request.param_dtype != torch.float32:
-        return f"the cpu backend folds in float32, not in {request.dtype}"
-    if request.activation not in _POST_OPS:
-        return f"oneDNN's convolution has no activation {request.activation!r}"
-    if not torch.backends.mkldnn.is_available():
-        return "this PyTorch is built without oneDNN"
-    return None
+    return conv_bn_act.composes(request, residual=False)
 
 
 def fold(
@@ -53,32 +31,16 @@ def fold(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of the transposed convolution that computes batch_norm(conv_transpose2d(x, weight) + bias)."""
-    scale, shift = affine(bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    scale, shift = conv_bn_act.affine(bias, bn_weight, bn_bias, running_mean, running_var, eps)
     rows, columns, r, s = weight.shape  # a row's columns are the output channels of the row's group
     grouped = weight.view(groups, rows // groups, columns, r, s) * scale.view(groups, 1, columns, 1, 1)
     return grouped.view(weight.shape), shift
 
 
-def affine(
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """scale and shift of batch_norm(c + bias) = c * scale + shift, by running statistics."""
-    scale = torch.rsqrt(running_var + eps)
-    if bn_weight is not None:
-        scale = scale * bn_weight
-    shift = (-running_mean if bias is None else bias - running_mean) * scale
-    return scale, shift if bn_bias is None else shift + bn_bias
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation) -> Tensor:
     """act(conv_transpose2d(x, weight) + bias) by oneDNN, in one pass."""
     stride, padding, output_padding, groups, dilation = geometry
-    name, scalars, algorithm = _POST_OPS[activation.name](activation)
+    name, scalars, algorithm = conv_bn_act.POST_OPS[activation.name](activation)
     return torch.ops.mkldnn._convolution_transpose_pointwise(
         x, weight, bias, padding, output_padding, stride, dilation, groups, name, scalars, algorithm
     )

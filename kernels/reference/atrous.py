@@ -13,6 +13,9 @@ Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentat
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from torch import Tensor
 
 from ..activation import Activation
@@ -56,7 +59,8 @@ def forward(
     return mean, invstd
 
 
-def backward(
+def backward_by(
+    implementation: Any,
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -69,8 +73,8 @@ def backward(
     needs_x: bool,
     needs_params: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias (None where not needed)."""
-    return batch_norm_act.backward(
+    """Gradients of x, weight and bias (None where not needed), by an implementation of batch_norm_act."""
+    return implementation.backward(
         grad_y,
         x,
         weight,
@@ -85,3 +89,6 @@ def backward(
         needs_params=needs_params,
         needs_residual=False,
     )[:3]
+
+
+backward = functools.partial(backward_by, batch_norm_act)

@@ -6,6 +6,8 @@ batch_norm_act's: the gradient's channels are copied out of the wider map, once.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from .. import layout
 from ..activation import CODES, Activation
+from ..reference import atrous as reference
 from ..reference.batch_norm_act import Request, accumulate_dtype
 from . import activation as act
 from . import batch_norm_act, interpreted, tiles
@@ -99,32 +102,4 @@ def forward(
     return mean, invstd
 
 
-def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    *,
-    batch_stats: bool,
-    activation: Activation,
-    needs_x: bool,
-    needs_params: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias (None where not needed)."""
-    return batch_norm_act.backward(
-        grad_y,
-        x,
-        weight,
-        bias,
-        None,
-        None,
-        mean,
-        invstd,
-        batch_stats=batch_stats,
-        activation=activation,
-        needs_x=needs_x,
-        needs_params=needs_params,
-        needs_residual=False,
-    )[:3]
+backward = functools.partial(reference.backward_by, batch_norm_act)
