@@ -14,8 +14,8 @@ from batch_norm_act_cases import spied
 from torch import Tensor, nn
 
 import dlkern
-from benchmarks import segmentation
 from dlkern._swap import atrous
+from dlkern.bench import segmentation
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 
