@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,10 @@ def test_the_library_is_inlined_whole() -> None:
     assert "</script" not in text.lower()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs playwright with a browser")
+@pytest.mark.skipif(
+    importlib.util.find_spec("playwright") is None or shutil.which("chromium") is None,
+    reason="needs playwright, and chromium on the path",
+)
 def test_in_a_browser_it_sorts_it_draws_and_nothing_is_logged(tmp_path: Path) -> None:
     pytest.importorskip("plotly", reason="needs plotly")
     from playwright.sync_api import sync_playwright
@@ -227,7 +231,8 @@ def test_in_a_browser_it_sorts_it_draws_and_nothing_is_logged(tmp_path: Path) ->
     path = tmp_path / "page.html"
     path.write_text(page.page(results, _facts(*copy.copy(results))))
     with sync_playwright() as driver:
-        browser = driver.chromium.launch()
+        # no sandbox of its own where all is run as root, as in a container
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         tab = browser.new_page()
         logged: list[str] = []
         tab.on("console", lambda message: logged.append(message.text) if message.type == "error" else None)
