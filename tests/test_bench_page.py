@@ -19,6 +19,7 @@ from dlkern import cli
 from dlkern.bench import cases, difference, measure, page, roofline
 from dlkern.bench.results import Result
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 NAMES = {"training": True, "format": "nchw", "dtype": "float32"}
 
 
@@ -220,8 +221,8 @@ def test_the_library_is_inlined_whole() -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("playwright") is None or shutil.which("chromium") is None,
-    reason="needs playwright, and chromium on the path",
+    importlib.util.find_spec("playwright") is None or BROWSER is None,
+    reason="needs playwright, and chromium or google-chrome on the path",
 )
 def test_in_a_browser_it_sorts_it_draws_and_nothing_is_logged(tmp_path: Path) -> None:
     pytest.importorskip("plotly", reason="needs plotly")
@@ -232,7 +233,7 @@ def test_in_a_browser_it_sorts_it_draws_and_nothing_is_logged(tmp_path: Path) ->
     path.write_text(page.page(results, _facts(*copy.copy(results))))
     with sync_playwright() as driver:
         # no sandbox of its own where all is run as root, as in a container
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         tab = browser.new_page()
         logged: list[str] = []
         tab.on("console", lambda message: logged.append(message.text) if message.type == "error" else None)
