@@ -48,6 +48,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # files with slow tests first: at the end of a run on several processes one of them alone would be left with them
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
     if HAS_CUDA:
         return
     for item in items:

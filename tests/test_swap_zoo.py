@@ -72,6 +72,7 @@ def build(name: str) -> nn.Module:
     return getattr(torchvision.models, function)(weights=None, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
     counts, size, batch = MODELS[name]
