@@ -28,7 +28,12 @@ def test_model(
     case = models.ModelCase(spec, training, option("--batch"), option("--image-size"), dtype, layout)
     problem = models.ModelProblem(case, device)
     swapped = problem.candidate("swapped")
-    results = models.run(problem, compiled=False, min_seconds=option("--min-seconds"), min_rounds=20)
+    results = models.run(
+        problem,
+        names=models.candidate_names(training, compiled=False),
+        min_seconds=option("--min-seconds"),
+        min_rounds=20,
+    )
     for result in results:
         assert result.red is None, result.red
     first, comparison = results[0], results[0].comparison

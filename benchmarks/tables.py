@@ -132,6 +132,10 @@ def call_overhead(rows: Rows) -> list[str]:
     return table(["one call", "us over PyTorch's own", "target"], lines)
 
 
+def _sample(row: dict[str, Any]) -> str:
+    return _shape(row.get("shape") or [row["batch"], 3, row["image_size"], row["image_size"]])
+
+
 _CANDIDATES = ("swapped", "frozen", "compile")
 
 
@@ -145,7 +149,7 @@ def models(rows: Rows) -> list[str]:
         lines.append(
             [
                 f"{row['model']}, {'training step' if row.get('training', True) else 'inference'}",
-                f"{row['batch']}x3x{row['image_size']}x{row['image_size']}",
+                _sample(row),
                 row["format"],
                 _milliseconds(row, "plain"),
                 *(_paired(row, name) for name in present),
@@ -159,10 +163,30 @@ def models(rows: Rows) -> list[str]:
     return table([*heads, "MB kept, plain / swapped", "sites"], lines)
 
 
+def measured_swap(rows: Rows) -> list[str]:
+    """Plain against what a measured swap kept, and plain against itself."""
+    lines = []
+    for row in rows:
+        kept = row.get("kept_for_backward_mb")
+        lines.append(
+            [
+                f"{row['model']}, {'training step' if row['training'] else 'inference'}",
+                _sample(row),
+                _milliseconds(row, "plain"),
+                _paired(row, "measured"),
+                _paired(row, "plain again"),
+                f"{kept['plain']:.0f} / {kept['measured']:.0f}" if kept else "",
+                f"{row['sites']['swapped']} of {row['sites']['swapped'] + row['sites']['skipped']}",
+            ]
+        )
+    heads = ["model", "input", "plain ms", "plain / measured swap", "plain / plain again", "MB kept, plain / swapped"]
+    return table([*heads, "sites"], lines)
+
+
 def _model_bars(rows: Rows) -> list[Bar]:
     return [
         Bar(
-            f"{row['model']} {row['batch']}x3x{row['image_size']}x{row['image_size']} {row['format']} "
+            f"{row['model']} {_sample(row)} {row['format']} "
             f"{'training' if row.get('training', True) else 'inference'}: {name}",
             *found["paired"],
         )
@@ -258,6 +282,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "device": device,
     "recurrent": recurrent,
     "models": models,
+    "measured_swap": measured_swap,
     "suite": suite,
 }
 
@@ -269,5 +294,6 @@ BARS: dict[str, Callable[[Rows], list[Bar]]] = {
     "atrous": _op_bars,
     "transposed": _op_bars,
     "models": _model_bars,
+    "measured_swap": _model_bars,
     "suite": _suite_bars,
 }

@@ -20,7 +20,7 @@ pytest.importorskip("rich")
 
 import dlkern
 from dlkern import cli, dispatch, info
-from dlkern.bench import cases, measure, models, ops, suite
+from dlkern.bench import cases, measure, models, ops, sequences, suite
 from dlkern.bench import parity as packaged_parity
 from dlkern.bench.cases import atrous, base, batch_norm_act, conv_bn_act, depthwise, transposed
 
@@ -373,9 +373,21 @@ def test_a_model_with_maps_in_a_dict_and_half_precision_trains(model_file: Path)
     case = models.ModelCase(f"{model_file}:maps", True, 2, 8, torch.bfloat16, "channels_last")
     problem = models.ModelProblem(case, CPU)
     assert problem.labels.shape == (2, 6, 6)
-    (result,) = models.run(problem, compiled=False, min_seconds=0.0, min_rounds=2)
+    (result,) = models.run(problem, names=["swapped"], min_seconds=0.0, min_rounds=2)
     assert result.red is None
     assert all(parameter.dtype == torch.float32 for parameter in problem.plain.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_measured_swap_is_a_candidate_and_sequences_are_samples(
+    training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DLKERN_CACHE_DIR", str(tmp_path))
+    problem = models.ModelProblem(models.ModelCase("dlkern.bench.sequences:gru", training, 8, 8), CPU)
+    assert problem.images.shape == (8, *sequences.Classifier.sample_shape)
+    (result,) = models.run(problem, names=["measured"], min_seconds=0.0, min_rounds=2)
+    assert result.red is None
+    assert set(result.kept) == ({"plain", "measured"} if training else set())
 
 
 def test_a_red_model_shows_no_time(
@@ -399,7 +411,7 @@ def test_freezing_is_measured_where_there_is_freezing(model_file: Path, monkeypa
     monkeypatch.setattr(dlkern, "freeze", lambda model: dlkern.swap(model), raising=False)
     for training, expected in ((False, ["swapped", "frozen"]), (True, ["swapped"])):
         problem = models.ModelProblem(models.ModelCase(f"{model_file}:tiny", training, 2, 8), CPU)
-        found = models.run(problem, compiled=False, min_seconds=0.0, min_rounds=2)
+        found = models.run(problem, names=models.candidate_names(training, False), min_seconds=0.0, min_rounds=2)
         assert [(result.candidate, result.red) for result in found] == [(name, None) for name in expected]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from .results import Result
 DEFAULT = ("torchvision:resnet18",)
 
 PLAIN, AGAIN = "plain", "plain again"
+#: Candidates that are dlkern's: swapped by the default orders, by a measured swap, and frozen.
+OURS = ("swapped", "measured", "frozen")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ModelCase:
 
 
 class ModelProblem:
-    """The model with its images and labels on a device.
+    """The model with its images and labels on a device. A model with a ``sample_shape`` gets that instead of images.
 
     Raises:
         ModelError: a spec that leads to no model, or a model that does not take the images.
@@ -67,9 +69,10 @@ class ModelProblem:
         self.case, self.device, layout = case, device, FORMATS[case.format]
         torch.manual_seed(0)
         self.plain = models.build(case.spec).to(device).to(memory_format=layout).train(case.training)
-        channels = next((m.in_channels for m in self.plain.modules() if isinstance(m, nn.Conv2d)), 3)
-        shape = (case.batch, channels, case.image_size, case.image_size)
-        self.images = torch.randn(shape, device=device).contiguous(memory_format=layout)
+        shape = (case.batch, *_sample_shape(self.plain, case.image_size))
+        self.images = torch.randn(shape, device=device)
+        if self.images.dim() == 4:
+            self.images = self.images.contiguous(memory_format=layout)
         try:
             with torch.no_grad(), self.amp():
                 scores = logits(copy.deepcopy(self.plain)(self.images))
@@ -93,6 +96,8 @@ class ModelProblem:
         model = copy.deepcopy(self.plain)
         if name == "swapped":
             return dlkern.swap(model)
+        if name == "measured":
+            return dlkern.swap(model, sample=self.images, policy="measured")
         if name == "frozen":
             return dlkern.freeze(model)
         if name == "compile":
@@ -145,22 +150,34 @@ def logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else logits(output[0])
 
 
+def _sample_shape(model: nn.Module, image_size: int) -> tuple[int, ...]:
+    """Of one sample: what the model says itself, or an image with the channels of its first convolution."""
+    shape: tuple[int, ...] | None = getattr(model, "sample_shape", None)
+    if shape is not None:
+        return shape
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    return channels, image_size, image_size
+
+
 def run(
-    problem: ModelProblem, *, compiled: bool, min_seconds: float, min_rounds: int = 10, max_rounds: int = 200
+    problem: ModelProblem,
+    *,
+    names: Sequence[str],
+    min_seconds: float,
+    min_rounds: int = 10,
+    max_rounds: int = 200,
 ) -> list[Result]:
     """A row per candidate, all timed in turn with the plain model.
 
     dlkern's candidates are verified first; a red one is not timed. torch.compile's is PyTorch's own, and a peer.
     """
     case, device = problem.case, problem.device
-    rows = {
-        name: Result("model", case.spec, str(case), name, case.facts, PLAIN) for name in candidate_names(case, compiled)
-    }
+    rows = {name: Result("model", case.spec, str(case), name, case.facts, PLAIN) for name in names}
     models_by_name: dict[str, nn.Module] = {}
     for name in (PLAIN, AGAIN, *rows):  # all of them before a step moves the plain model's parameters
         with _red(rows.get(name)):
             model = problem.candidate(name)
-            if name in ("swapped", "frozen") and (why := problem.verify(model)):
+            if name in OURS and (why := problem.verify(model)):
                 raise AssertionError(why)
             models_by_name[name] = model
     steps: dict[str, Callable[[], object]] = {}
@@ -170,12 +187,12 @@ def run(
         with _red(rows.get(name)):
             step = problem.step(model)
             step()
-            if case.training and name in (PLAIN, "swapped"):
+            if case.training and name in (PLAIN, *OURS):
                 kept[name] = problem.kept(model)
             peak = measure.peak_bytes(step, device)
             if peak is not None:
                 peaks[name] = peak
-            if name == "swapped":
+            if name in OURS[:2]:
                 rows[name].backend = ", ".join(dict.fromkeys(r.backend for r in dlkern.report(model).swapped))
             steps[name] = step
     comparison = measure.compare(
@@ -190,9 +207,9 @@ def run(
     return list(rows.values())
 
 
-def candidate_names(case: ModelCase, compiled: bool) -> list[str]:
-    """What is compared with the plain model."""
-    return ["swapped", *([] if case.training else ["frozen"]), *(["compile"] if compiled else [])]
+def candidate_names(training: bool, compiled: bool) -> list[str]:
+    """What ``dlkern bench`` compares with the plain model."""
+    return ["swapped", *([] if training else ["frozen"]), *(["compile"] if compiled else [])]
 
 
 @contextlib.contextmanager

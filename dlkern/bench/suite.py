@@ -137,7 +137,8 @@ def run(settings: Settings, plan: Plan) -> Iterator[Result]:
     while plan.models:  # each model is let go once it is done
         problem = plan.models.pop(0)
         _progress(count - len(plan.models) - 1, count, f"{problem.case.spec} {problem.case}")
-        yield from models.run(problem, compiled=plan.compiled, min_seconds=least)
+        names = models.candidate_names(problem.case.training, plan.compiled)
+        yield from models.run(problem, names=names, min_seconds=least)
         del problem
     _progress_done()
 
