@@ -165,6 +165,38 @@ def test_a_residual_of_another_dtype_or_shape(h: torch.Tensor, in_place: bool) -
     assert calls(model)[0] == 1
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_residual_unlike_the_output_of_a_convolution_that_is_taken_too(
+    h: torch.Tensor, in_place: bool, frozen: bool
+) -> None:
+    model, plain = (m.eval() for m in models.pair(models.PromotesResidual(in_place)))
+    dlkern.freeze(model) if frozen else dlkern.swap(model)
+    residuals = (h[:1], h[:, :1], h.mean((2, 3), keepdim=True), h.double(), torch.tensor(2.0))
+    with torch.no_grad(), dlkern.backend(conv_bn_act="reference"):
+        for residual in residuals:
+            ours, theirs = model(h, residual), plain(h, residual)
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs)
+        assert calls(model) == (0, len(residuals))
+        torch.testing.assert_close(model(h, h), plain(h, h))
+        assert calls(model) == (1, len(residuals))
+
+
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
+def test_the_size_of_a_residual_is_the_convolutions(h: torch.Tensor, padding: int | str) -> None:
+    block = models.PromotesResidual(False)
+    block.conv = nn.Conv2d(8, 8, (3, 2), padding=padding, dilation=(1, 2))
+    model, plain = (m.eval() for m in models.pair(block))
+    dlkern.freeze(model)
+    with torch.no_grad():
+        y = plain.conv(h)
+        torch.testing.assert_close(model(h, y), plain(h, y))
+        assert calls(model) == (1, 0)
+        torch.testing.assert_close(model(h, y[..., :1]), plain(h, y[..., :1]))
+        assert calls(model) == (1, 1)
+
+
 @pytest.mark.parametrize("where", ["bn", "relu", "bn backward", "instance forward", "global"])
 def test_hooks_on_bypassed_modules_run(h: torch.Tensor, where: str) -> None:
     model = dlkern.swap(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))

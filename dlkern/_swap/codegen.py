@@ -386,6 +386,12 @@ class _Body:
         if site.conv is not None:
             conv, x = self._module(str(site.conv.target)), self._argument(site.conv.args[0])
             fused = self.names.imported(conv_bn_act.fused)
+            if site.residual is not None:  # it is known only now
+                alike = self.names.imported(conv_bn_act.alike)
+                lines += [
+                    f"if {source} is None and not {alike}({conv}, {x}, {residual}):",
+                    f"    {source} = {self._expression(site.conv)}",
+                ]
             lines += [
                 f"if {source} is None:",
                 f"    {result} = {fused}({conv}, {norm}, {x}, {residual}, {self._activation(site)})",

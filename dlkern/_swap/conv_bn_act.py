@@ -212,6 +212,21 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
     return dispatch.recording() or choice.backend != "torch"
 
 
+def alike(conv: Any, x: Tensor, residual: Any) -> bool:
+    """Whether a residual is a tensor like the convolution's output: the op neither broadcasts nor promotes.
+
+    Where it is not, the convolution is called after all, and PyTorch's own addition follows.
+    """
+    if type(residual) is not Tensor or residual.dtype != x.dtype or residual.device != x.device:
+        return False
+    padding = conv.padding
+    if padding == "same":
+        return residual.shape == (x.size(0), conv.out_channels, *x.shape[2:])
+    border = (0, 0) if padding == "valid" else padding
+    convolution = Convolution(conv.stride, border, conv.dilation, conv.groups)
+    return residual.shape == convolution.output_size(x, conv._parameters["weight"])
+
+
 def fused(conv: Any, norm: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
     """The rewritten site, convolution included."""
     if type(conv) is nn.ConvTranspose2d:
