@@ -321,6 +321,27 @@ def test_torch_func_transforms_run_the_stock_modules(h: torch.Tensor) -> None:
     assert calls(model) == (0, 2)
 
 
+def test_compile_fullgraph_of_a_forward_that_calls_a_method(x: torch.Tensor) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.implementation(x)
+
+        def implementation(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.bn(self.conv(x)))
+
+    model, plain = models.pair(Model())
+    dlkern.swap(model)
+    with dlkern.no_fallback():
+        assert_same(torch.compile(model, fullgraph=True, backend="eager"), plain, x)
+    model.implementation = plain.implementation  # the guard still sees it
+    with dlkern.no_fallback(), pytest.raises(RuntimeError, match="overrides a name"):
+        model(x)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_fullgraph(x: torch.Tensor, training: bool) -> None:
     model, plain = models.pair(models.Stack().train(training))

@@ -169,10 +169,9 @@ class _Body:
         for (path, attribute), value in trace.reads.values.items():
             self._guard_read(path, attribute, value)
         for path, names in trace.reads.of_class.items():
-            own = f"{self._guarded(path)}.__dict__.keys()"
-            self._guard(
-                f"{own}.isdisjoint({self.names.literal(tuple(sorted(names)))})", f"{path or 'self'} overrides a name"
-            )
+            own = f"{self._guarded(path)}.__dict__"  # one by one: torch.compile follows no isdisjoint() of its keys
+            absent = " and ".join(f"{name!r} not in {own}" for name in sorted(names))
+            self._guard(f"({absent})", f"{path or 'self'} overrides a name")
         for path, attribute in sorted(trace.reads.absent):
             present = f"{self.names.builtin('hasattr')}({self._guarded(path)}, {attribute!r})"
             self._guard(f"not {present}", f"attribute {path + '.' if path else ''}{attribute} is there now")
