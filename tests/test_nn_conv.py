@@ -73,3 +73,34 @@ def test_wrong_parts() -> None:
         dlkern.nn.ConvBNAct2d.from_modules(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5))
     with pytest.raises(ValueError, match="unknown activation 'no'"):
         dlkern.nn.ConvBNAct2d(3, 4, activation_layer="no")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        dlkern.nn.ConvBNAct2d(4, 8),
+        dlkern.nn.DepthwiseConv2d(4, 3),
+        dlkern.nn.DepthwiseConv1d(4, 3),
+        dlkern.nn.DepthwiseConvBNAct2d(4),
+        dlkern.nn.DepthwiseSeparableConv2d(4, 8, norm_layer=nn.BatchNorm2d),
+        dlkern.nn.AtrousConv2d(4, 8, 3, dilation=2, padding=2),
+        dlkern.nn.ASPP(4, [2, 3], 8),
+        dlkern.nn.ConvTransposeBNAct2d(4, 8, 4, 2, 1),
+        dlkern.nn.LSTM(4, 8),
+        dlkern.swap(nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())),
+        dlkern.swap(nn.Sequential(nn.ConvTranspose2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU())),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_on_the_meta_device(layer: nn.Module) -> None:
+    x = torch.randn({"DepthwiseConv1d": (2, 4, 9), "LSTM": (9, 2, 4)}.get(type(layer).__name__, (2, 4, 9, 9)))
+    for training in (True, False):
+        want = copy.deepcopy(layer).train(training)(x)
+        model = copy.deepcopy(layer).to("meta").train(training)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                got = model(x.to("meta"))
+                pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
+                assert all(
+                    a.device.type == "meta" and a.shape == b.shape for a, b in pairs if isinstance(b, torch.Tensor)
+                )

@@ -24,6 +24,7 @@ from dlkern.kernels.reference.batch_norm_act import Request
 from dlkern.nn import atrous as layer
 from dlkern.nn.batch_norm_act import own
 from dlkern.ops import atrous as op
+from dlkern.ops import library
 
 from . import runtime
 from .classes import Plan, SwappedSite, plan_of
@@ -124,7 +125,7 @@ def _why_not(parts: layer.Parts, x: Any) -> str | None:
         return "a torch.func transform, torch.jit.trace or a lazy negation is active"
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a global hook is set"
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = library.autocasts(x.device.type)
     n, channels, height, width = x.shape
     single = False
     for part in (*parts.branches, parts.pooled):

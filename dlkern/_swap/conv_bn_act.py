@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from dlkern import dispatch
@@ -176,7 +175,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         return False  # other ranks' statistics are batch_norm_act's business
     parameters = conv._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or torch.is_autocast_enabled(x.device.type):
+    if weight is None or library.autocasts(x.device.type):
         return False
     if norm is not None and conv._buffers.get(layer.FOLDED_WEIGHT) is not None:
         return True

@@ -122,7 +122,7 @@ def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     dtype = x.dtype
     if dtype not in DTYPES or weight.device != x.device:
         return None
-    if not torch.is_autocast_enabled(x.device.type):
+    if not library.autocasts(x.device.type):
         return dtype if weight.dtype == dtype else None
     if torch.float64 in (dtype, weight.dtype):
         return dtype if weight.dtype == dtype else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dlkern import dispatch
@@ -33,7 +32,7 @@ def takes(conv: Any, norm: Any, x: Any, activation: Activation, residual: bool) 
         return False
     if (isinstance(norm, nn.SyncBatchNorm) and norm.training) or x.size(1) != conv.in_channels:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if library.autocasts(x.device.type):
         return False
     if norm is not None and conv._buffers.get(conv_bn_act.FOLDED_WEIGHT) is not None:
         return True

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkern.ops import library
+
 #: An int, or one for each of height and width.
 Size = int | Sequence[int]
 
@@ -15,7 +17,7 @@ Size = int | Sequence[int]
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast all of them, other than None and float64 ones, are cast as those of PyTorch's own functions."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not library.autocasts(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
 

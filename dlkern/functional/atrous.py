@@ -12,6 +12,7 @@ from dlkern import activations
 from dlkern.kernels import layout
 from dlkern.kernels.activation import Activation
 from dlkern.ops import atrous as _atrous
+from dlkern.ops import library
 from dlkern.ops.atrous import Options, PooledMean
 
 from .arguments import Size, pair
@@ -193,7 +194,7 @@ def _checked(x: Tensor, branches: Sequence[ConvNorm], pooled: ConvNorm | None, p
 
 def _check_part(name: str, part: ConvNorm, x: Tensor, channels: int, *, pointwise: bool = False) -> Options:
     """A part's options; ``pointwise``: it is a 1 x 1 convolution of ``channels``."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    autocast = library.autocasts(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     weight, kernel = part.weight, part.weight.shape[2:]
     if weight.dim() != 4:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from dlkern.ops import library
 from dlkern.ops.recurrent import Family, Weights
 
 from .dtypes import DTYPES
@@ -84,7 +85,7 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 def check_dtype(name: str, value: Tensor, x: Tensor) -> None:
     """One dtype for all, except under autocast, which casts."""
 
-    if not torch.is_autocast_enabled(x.device.type):
+    if not library.autocasts(x.device.type):
         raise TypeError(
             f"{name}: expected {x.dtype} like x, got {value.dtype}; convert the input or the model with .to(dtype)"
         )

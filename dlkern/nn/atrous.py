@@ -13,6 +13,7 @@ from dlkern import activations, functional
 from dlkern.functional.atrous import ConvNorm, combined
 from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference import activation as reference_activation
+from dlkern.ops import library
 
 from . import batch_norm_act, conv_bn_act
 from .batch_norm_act import own
@@ -251,7 +252,7 @@ def apply(parts: Parts, x: Tensor) -> Tensor:
     if any(batch_norm_act.sync_group(part.norm) is not None for part in every):
         return _synchronised(parts, x)
     frozen = all(part.conv._buffers.get(FOLDED_WEIGHT) is not None for part in every)
-    if frozen and not torch.is_autocast_enabled(x.device.type):
+    if frozen and not library.autocasts(x.device.type):
         return _frozen(parts, x)
     states = []
     try:

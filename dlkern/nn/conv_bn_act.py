@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dlkern import activations, functional
 from dlkern.kernels.activation import Activation
+from dlkern.ops import library
 
 from . import batch_norm_act
 from .batch_norm_act import own
@@ -41,7 +41,7 @@ def apply(
     }
     weight, bias = own(conv, conv._parameters, "weight"), own(conv, conv._parameters, "bias")
     folded = conv._buffers.get(FOLDED_WEIGHT)
-    if folded is not None and norm is not None and not torch.is_autocast_enabled(x.device.type):
+    if folded is not None and norm is not None and not library.autocasts(x.device.type):
         if norm.training:
             raise RuntimeError("a frozen batch norm is in training mode; call dlkern.unfreeze(model) before training")
         return functional.conv_act(x, folded, conv._buffers[FOLDED_BIAS], **geometry, constant_weight=True)

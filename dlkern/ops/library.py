@@ -37,6 +37,11 @@ def unwatched(x: Tensor) -> bool:
     )
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; the meta device has none, and PyTorch raises when asked."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def transformed() -> bool:
     """Whether a torch.func transform or forward mode is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -91,7 +91,7 @@ _SAVED = 9  # tensors of a call before those of its variant
 
 def without_autocast(run: Callable[..., Any], device: str, *args: Any, **options: Any) -> Any:
     """Products inside of an implementation are in the dtype it was given."""
-    if not torch.is_autocast_enabled(device):
+    if not library.autocasts(device):
         return run(*args, **options)
     with torch.autocast(device, enabled=False):
         return run(*args, **options)

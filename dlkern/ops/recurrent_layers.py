@@ -132,7 +132,7 @@ def choose(
 ) -> tuple[str, torch.dtype]:
     """The backend for a call, and the dtype in which it runs (autocast's, where that is on)."""
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if library.autocasts(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     stock = _is_stock(op, variant, weights)
     request = Request(
@@ -226,7 +226,7 @@ def _cast(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, layers: list[Weights], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Weights]]:
     """Everything in the dtype that autocast asks for, once a call."""
-    if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if dtype == x.dtype and not library.autocasts(x.device.type):
         return x, h0, c0, layers
     x, h0, c0 = (None if t is None else t.to(dtype) for t in (x, h0, c0))  # type: ignore[assignment]
     return x, h0, c0, [Weights(*(None if w is None else w.to(dtype) for w in weights)) for weights in layers]  # type: ignore[arg-type]
