@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from batch_norm_act_cases import spied
 from torch import Tensor, nn
 
 import dlkern
+from dlkern import functional
 from dlkern.functional import batch_norm_act
 from dlkern.kernels.activation import NAMES
 
@@ -114,3 +116,42 @@ def test_empty_input_as_in_torch(shape: tuple[int, ...], backend: str, training:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.shape == x.shape
+
+
+FOUR, NORM = torch.randn(2, 4, 6, 6), (torch.zeros(4), torch.ones(4))
+W, D = torch.randn(4, 4, 3, 3), torch.randn(4, 1, 3, 3)
+PART = functional.ConvNorm(torch.randn(4, 4, 1, 1), *NORM)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: functional.batch_norm_act(FOUR, *NORM, 1.0), TypeError, "weight: expected a Tensor, got float"),
+        (lambda: functional.batch_norm_act(FOUR, [0.0] * 4, [1.0] * 4), TypeError, "running_mean: .* got list"),
+        (lambda: functional.batch_norm_act(FOUR, *NORM, residual=1.0), TypeError, "residual: .* got float"),
+        (lambda: functional.conv_bn_act(FOUR, None), TypeError, "weight: expected a Tensor, got NoneType"),
+        (lambda: functional.conv_bn_act(FOUR, W, 1.0), TypeError, "bias: expected a Tensor, got float"),
+        (lambda: functional.conv_bn_act(FOUR, W, None, *NORM, 1.0), TypeError, "bn_weight: .* got float"),
+        (lambda: functional.conv_bn_act(FOUR[0], W, padding=1, residual=1.0), TypeError, "residual: .* got float"),
+        (lambda: functional.conv_act(FOUR, W, stride=1.5), ValueError, "stride: expected an int .* got 1.5"),
+        (lambda: functional.conv_act(FOUR, W, padding=None), ValueError, "padding: expected an int .* got None"),
+        (lambda: functional.depthwise_conv2d(FOUR, D, dilation=2.0), ValueError, "dilation: .* got 2.0"),
+        (
+            lambda: functional.depthwise_separable_conv2d(FOUR, D, PART.weight, None, 2.0),
+            TypeError,
+            "pointwise_bias: .* got float",
+        ),
+        (lambda: functional.conv_transpose_bn_act(FOUR, None), TypeError, "weight: .* got NoneType"),
+        (lambda: functional.aspp(FOUR, [(1, 2)], None, PART), TypeError, r"branches\[0\]: .* ConvNorm, got tuple"),
+        (lambda: functional.aspp(FOUR, [PART], None, None), TypeError, "projection: .* ConvNorm, got NoneType"),
+        (
+            lambda: functional.aspp(FOUR, [PART._replace(weight=None)], None, PART),
+            TypeError,
+            r"branches\[0\]: weight: .* got NoneType",
+        ),
+    ],
+)
+def test_arguments_of_another_kind(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with spied() as calls, pytest.raises(error, match=message):
+        call()
+    assert not calls

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,12 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(map(cast, tensors))
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """TypeError for what is no Tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
 def pair(name: str, value: Size, least: int) -> tuple[int, int]:
     """value as a pair.
 
@@ -38,7 +44,7 @@ def pair(name: str, value: Size, least: int) -> tuple[int, int]:
         first, second = value
         if type(first) is int and type(second) is int and first >= least and second >= least:
             return value  # type: ignore[return-value]
-    sizes = (value, value) if isinstance(value, int) else tuple(value)
+    sizes = tuple(value) if isinstance(value, Iterable) else (value, value)
     if len(sizes) == 1:
         sizes = sizes * 2
     if len(sizes) != 2 or not all(isinstance(v, int) and v >= least for v in sizes):

@@ -15,7 +15,7 @@ from dlkern.ops import atrous as _atrous
 from dlkern.ops import library
 from dlkern.ops.atrous import Options, PooledMean
 
-from .arguments import Size, pair
+from .arguments import Size, check_tensor, pair
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import check_vector, conv_act, conv_bn_act
 from .depthwise import depthwise_conv2d
@@ -171,8 +171,7 @@ def _padding(weight: Tensor, dilation: Size) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------- checks
 def _checked(x: Tensor, branches: Sequence[ConvNorm], pooled: ConvNorm | None, projection: ConvNorm) -> list[Options]:
     """The branches' options; raises before anything runs."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    check_tensor("x", x)
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.dim() != 4:
@@ -194,6 +193,11 @@ def _checked(x: Tensor, branches: Sequence[ConvNorm], pooled: ConvNorm | None, p
 
 def _check_part(name: str, part: ConvNorm, x: Tensor, channels: int, *, pointwise: bool = False) -> Options:
     """A part's options; ``pointwise``: it is a 1 x 1 convolution of ``channels``."""
+    if not isinstance(part, ConvNorm):
+        raise TypeError(f"{name}: expected a ConvNorm, got {type(part).__name__}")
+    for what, value in (("weight", part.weight), ("depthwise_weight", part.depthwise_weight), ("bias", part.bias)):
+        if value is not None or what == "weight":
+            check_tensor(f"{name}: {what}", value)
     autocast = library.autocasts(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     weight, kernel = part.weight, part.weight.shape[2:]

@@ -8,6 +8,7 @@ from dlkern import activations
 from dlkern.kernels.activation import Activation
 from dlkern.ops import batch_norm_act as _batch_norm_act
 
+from .arguments import check_tensor
 from .dtypes import DTYPES, check_parameter_dtype
 
 
@@ -97,8 +98,7 @@ def check(
     residual: Tensor | None,
 ) -> None:
     """Raise ValueError, TypeError or RuntimeError where the tensors of a call do not fit together."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    check_tensor("x", x)
     dtype, device, shape = x.dtype, x.device, x.shape
     if dtype not in DTYPES:
         raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {dtype}")
@@ -110,6 +110,7 @@ def check(
     for i, value in enumerate((weight, bias, running_mean, running_var)):
         if value is None:
             continue
+        check_tensor(_PARAMETERS[i], value)
         if value.shape != expected or value.device != device:
             raise _wrong_parameter(_PARAMETERS[i], value, x)
         if value.dtype is not param_dtype:
@@ -120,6 +121,7 @@ def check(
             if param_dtype is not dtype:
                 check_parameter_dtype(_PARAMETERS[i], param_dtype, dtype)
     if residual is not None:
+        check_tensor("residual", residual)
         if residual.shape != shape:
             raise ValueError(f"residual: expected shape {tuple(shape)} like x, got {tuple(residual.shape)}")
         if residual.dtype != dtype:

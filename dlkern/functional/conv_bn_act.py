@@ -10,7 +10,7 @@ from dlkern.kernels.activation import Activation
 from dlkern.kernels.reference.conv_bn_act import Convolution
 from dlkern.ops import conv_bn_act as _conv_bn_act
 
-from .arguments import Size, autocast, pair
+from .arguments import Size, autocast, check_tensor, pair
 from .dtypes import DTYPES, check_parameter_dtype
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -146,6 +146,8 @@ def _apply(
     steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
     _check_channels(x, weight, groups)
     unbatched = x.dim() == 3
+    if residual is not None:
+        check_tensor("residual", residual)
     if unbatched:
         x = x.unsqueeze(0)
         residual = None if residual is None else residual.unsqueeze(0)
@@ -181,8 +183,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.dim() not in (3, 4):
@@ -199,6 +203,7 @@ def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: s
 
 
 def check_vector(name: str, value: Tensor, channels: int, x: Tensor) -> None:
+    check_tensor(name, value)
     if value.device != x.device:
         raise RuntimeError(f"{name}: expected device {x.device} like x, got {value.device}")
     if tuple(value.shape) != (channels,):

@@ -11,7 +11,7 @@ from dlkern.kernels.activation import Activation
 from dlkern.ops import depthwise as _depthwise
 from dlkern.ops.depthwise import Geometry
 
-from .arguments import Size, autocast, pair
+from .arguments import Size, autocast, check_tensor, pair
 from .conv_bn_act import conv_act
 from .dtypes import DTYPES
 
@@ -93,8 +93,7 @@ def depthwise_separable_conv2d(
     Source: Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions" (2017).
     """
     for name, value in (("depthwise_weight", depthwise_weight), ("pointwise_weight", pointwise_weight)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        check_tensor(name, value)
     if depthwise_weight.dim() != 4:
         raise ValueError(
             f"depthwise_weight: expected shape (C * multiplier, 1, kh, kw), got {tuple(depthwise_weight.shape)}"
@@ -107,6 +106,7 @@ def depthwise_separable_conv2d(
     for name, other in (("pointwise_weight", pointwise_weight), ("pointwise_bias", pointwise_bias)):
         if other is None:
             continue
+        check_tensor(name, other)
         if other.dtype != depthwise_weight.dtype:
             raise TypeError(f"{name}: expected {depthwise_weight.dtype} like depthwise_weight, got {other.dtype}")
         if other.device != depthwise_weight.device:
@@ -128,8 +128,8 @@ def depthwise_separable_conv2d(
 # -------------------------------------------------------------------------------------- checks
 def _check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and (value is not None or name != "bias"):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if value is not None or name != "bias":
+            check_tensor(name, value)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
