@@ -75,7 +75,9 @@ def test_help_has_an_example(command: list[str]) -> None:
         ([], "required: COMMAND"),
         (["nothing"], "invalid choice: 'nothing'"),
         (["demo", "--epochs", "0"], "expected a whole number of at least 1, got 0"),
-        (["demo", "--samples", "many"], "invalid _positive value: 'many'"),
+        (["demo", "--epochs", "x"], "expected a whole number of at least 1, got x"),
+        (["bench", "--min-seconds", "soon"], "expected seconds, 0 or more, got soon"),
+        (["demo", "--samples", "many"], "expected a whole number of at least 1, got many"),
         (["explain"], "required: MODEL"),
     ],
 )
