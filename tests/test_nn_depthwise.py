@@ -399,3 +399,31 @@ def test_separable_as_two_modules(backend: str) -> None:
     for a, b in zip(ours.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b)
     assert "relu6" in repr(ours)
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "dlkern", "separable first"])
+def test_checkpoints_of_blocks_in_a_sequential(kind: str) -> None:
+    relu, norm = nn.ReLU, nn.BatchNorm2d
+
+    def block(out: int, size: int, groups: int) -> nn.Module:
+        if kind == "dlkern":
+            return dlkern.nn.ConvBNAct2d(4, out, size, groups=groups)
+        return nn.Sequential(nn.Conv2d(4, out, size, padding=size // 2, groups=groups, bias=False), norm(out), relu())
+
+    options = {"norm_layer": norm, "activation_layer": relu, "bias": False}
+    if kind == "separable first":
+        first = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.Conv2d(4, 6, 1, bias=False))
+        theirs = nn.Sequential(first, norm(6), relu())
+    else:
+        options |= {"depthwise_norm_layer": norm, "depthwise_activation_layer": relu}
+        theirs = nn.Sequential(block(4, 3, 4), block(6, 1, 1))
+    x = torch.randn(2, 4, 7, 8)
+    theirs(x)  # moves the running statistics
+    ours = dlkern.nn.DepthwiseSeparableConv2d(4, 6, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs.eval()(x))
+
+
+def test_torchs_order_of_arguments_by_position() -> None:
+    with pytest.raises(ValueError, match=r"bias: expected a bool, got 4 .*groups is a keyword"):
+        dlkern.nn.DepthwiseConv2d(4, 8, 3, 1, 1, 1, 4)

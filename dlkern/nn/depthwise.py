@@ -56,6 +56,8 @@ def _torch_arguments(
     """torch.nn's arguments, from those of a depthwise layer."""
     if not isinstance(depth_multiplier, int) or depth_multiplier < 1:
         raise ValueError(f"depth_multiplier: expected a positive int, got {depth_multiplier!r}")
+    if bias is not None and not isinstance(bias, bool):
+        raise ValueError(f"bias: expected a bool, got {bias!r} (in torch.nn's order of arguments groups is a keyword)")
     if out_channels is None:
         out_channels = in_channels * depth_multiplier
     elif depth_multiplier not in (1, out_channels // in_channels):
@@ -247,6 +249,9 @@ SPELLINGS = (
     ("0", "-", "1", "2"),
     ("0", "1", "2", "3"),
     ("0", "1", "3", "4"),
+    ("0.0", "-", "0.1", "1"),
+    ("0.0", "0.1", "1.0", "1.1"),
+    ("0.conv", "0.bn", "1.conv", "1.bn"),
 )
 
 
