@@ -473,11 +473,23 @@ def test_a_refused_call_does_not_count() -> None:
 
 @pytest.mark.parametrize(
     ("rates", "message"),
-    [((), "atrous_rates: expected at least one rate, got none"), ((6, 0), "at least 1, got 0"), ((1.5,), "got 1.5")],
+    [
+        ((), "atrous_rates: expected at least one rate, got none"),
+        ((6, 0), "at least 1, got 0"),
+        ((1.5,), "got 1.5"),
+        (6, "got 6"),
+    ],
 )
-def test_wrong_rates(rates: tuple[Any, ...], message: str) -> None:
+def test_wrong_rates(rates: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dlkern.nn.ASPP(6, rates)
+
+
+def test_a_separable_block_of_one_channel() -> None:
+    layer, x = dlkern.nn.ASPP(1, (2, 3), 4, separable=True), torch.randn(2, 1, 7, 8)
+    assert layer.convs[1][0][0].weight.shape == (1, 1, 3, 3)
+    convs = torch.cat([conv(x) for conv in layer.eval().convs], 1)
+    torch.testing.assert_close(layer(x), layer.project(convs))
 
 
 def test_parts_that_do_not_belong_together() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +113,8 @@ class ASPP(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
+        if not isinstance(atrous_rates, Iterable):
+            raise ValueError(f"atrous_rates: expected one or more ints of at least 1, got {atrous_rates!r}")
         rates = tuple(atrous_rates)
         if not rates:
             raise ValueError("atrous_rates: expected at least one rate, got none")
@@ -120,14 +122,14 @@ class ASPP(nn.Module):
             if not isinstance(rate, int) or rate < 1:
                 raise ValueError(f"atrous_rates: expected ints of at least 1, got {rate!r}")
 
-        def conv(size: int, rate: int = 1, groups: int = 1) -> nn.Conv2d:
-            out = in_channels if groups > 1 else out_channels
+        def conv(size: int, rate: int = 1, depthwise: bool = False) -> nn.Conv2d:
+            out, groups = (in_channels, in_channels) if depthwise else (out_channels, 1)
             padding = size // 2 * rate
             return nn.Conv2d(in_channels, out, size, padding=padding, dilation=rate, groups=groups, bias=False)
 
         modules = [_branch([conv(1)], out_channels)]
         for rate in rates:
-            first = nn.Sequential(conv(3, rate, in_channels), conv(1)) if separable else conv(3, rate)
+            first = nn.Sequential(conv(3, rate, True), conv(1)) if separable else conv(3, rate)
             modules.append(_branch([first], out_channels))
         modules.append(_Pooling(nn.AdaptiveAvgPool2d(1), *_branch([conv(1)], out_channels)))
         self.convs = nn.ModuleList(modules)
