@@ -242,7 +242,7 @@ def _add_measured(made: Report, verdict: Verdict | None) -> None:
         undone = site.kept and not verdict.kept
         reason = f"{site.reason}; {verdict.summary}" if undone else site.reason
         old = left.get(path, Row(path, site.kind, "", reason))
-        left[path] = dataclasses.replace(old, reason=reason, ratio=site.ratio)
+        left[path] = dataclasses.replace(old, kind=site.kind, reason=reason, ratio=site.ratio)
     made.swapped, made.skipped = list(rows.values()), [left[path] for path in sorted(left)]
 
 

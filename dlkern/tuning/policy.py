@@ -234,7 +234,7 @@ def _measure(
 
     def is_kept(module: nn.Module, path: str) -> bool:
         # the layers inside of a block that is one site (ASPP) are asked for, too
-        inside = path in kept or any(path.startswith(f"{site}.") for site in kept)
+        inside = any(site in ("", path) or path.startswith(f"{site}.") for site in kept)
         return inside and (filter_fn is None or filter_fn(module, path))
 
     default(is_kept)
