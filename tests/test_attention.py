@@ -420,6 +420,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \(4,\) or \(2, 4\), got \(3,\)"),
     ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes: expected a tensor without"),
 ]  # fmt: skip
+    ({"bias": T5Bias(torch.zeros(32, 4), True, 32, 90.5)}, TypeError, "bias.max_distance: expected an int, got 90.5"),
+    ({"bias": T5Bias(torch.zeros(32, 4), True, 32.0)}, TypeError, "bias.num_buckets: expected an int, got 32.0"),
 
 
 @pytest.mark.parametrize(("change", "error", "message"), WRONG, ids=lambda v: str(v)[:40].replace("\n", " "))

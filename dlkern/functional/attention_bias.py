@@ -62,6 +62,9 @@ class T5Bias:
         """The table, and the row of each distance. Raises ValueError, TypeError or RuntimeError."""
         del queries, keys
         _check_table(self.table, query, heads)
+        for name, value in (("num_buckets", self.num_buckets), ("max_distance", self.max_distance)):
+            if type(value) is not int:  # the number of rows of distances follows from it
+                raise TypeError(f"bias.{name}: expected an int, got {value!r}")
         least = 4 if self.bidirectional else 2
         if self.num_buckets < least or (self.bidirectional and self.num_buckets % 2):
             kind = "an even number of" if self.bidirectional else "buckets,"
