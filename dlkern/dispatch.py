@@ -349,6 +349,12 @@ def unsupported(op_name: str, backend_name: str, request: Any) -> str | None:
 
 def first_supporting(op_name: str, backends: Sequence[str], request: Any) -> str:
     """The first of several backends that is available and supports the request (the last one if none does)."""
+    return _first_supporting(op_name, tuple(backends), type(request), *request)
+
+
+@_constant
+def _first_supporting(op_name: str, backends: tuple[str, ...], request_type: type, *fields: Any) -> str:
+    request = request_type(*fields)
     for name in backends:
         if _unsupported(_OPS[op_name], name, request) is None:
             return name

@@ -330,6 +330,22 @@ def test_compile_fullgraph(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 1, "causal_alignment": "bottom_right"}, {"is_causal": True}], ids=str
+)
+def test_compile_with_lengths_that_change(options: dict[str, Any], dynamic: bool | None) -> None:
+    """From the second length on torch.compile makes it a symbol, or with ``dynamic`` from the first."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: attention(*t, **options), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for queries, keys in ((5, 5), (7, 6), (9, 12)):
+        q, k, v = (t.requires_grad_() for t in _qkv(2, 4, queries, 8, keys=keys))
+        mine, like = compiled(q, k, v), attention(q, k, v, **options)
+        torch.testing.assert_close(mine, like)
+        for a, b in zip(*(torch.autograd.grad(t.square().sum(), (q, k, v)) for t in (mine, like)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "blhd"])
 def test_opcheck(layout: str) -> None:
     check_op("reference", layout, autograd=True)

@@ -284,6 +284,27 @@ class Tagger(nn.Module):
     """A convolution with its norm, a packed LSTM, a loop over a cell."""
 
     def __init__(self) -> None:
+@every_op
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_default_compiles_whole_in_training(op: str, dynamic: bool) -> None:
+    """At sizes for which the default is PyTorch's own, too: its LSTM's backward does not fit into a compiled graph."""
+    torch._dynamo.reset()
+    weights = list(getattr(nn, op.upper())(4, 5).parameters())
+    compiled = torch.compile(
+        lambda x: getattr(functional, op)(x, weights)[0], fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for batch in (3, 12):
+        x = torch.randn(6, batch, 4)
+        y, expected = compiled(x), getattr(functional, op)(x, weights)[0]
+        torch.testing.assert_close(y, expected)
+        for a, b in zip(
+            torch.autograd.grad(y.square().sum(), weights),
+            torch.autograd.grad(expected.square().sum(), weights),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
         super().__init__()
         self.embed = nn.Linear(4, 6)
         self.encoder = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)

@@ -5,6 +5,7 @@ Arguments have been checked, and brought to four dimensions, by :mod:`dlkern.fun
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -201,12 +202,21 @@ def request_of(query: Tensor, key: Tensor, value: Tensor, extras: Extras, option
     )
 
 
+def _plain(value: Any) -> Any:
+    """A field of a request of which the compiler has made up its mind: of symbolic sizes it guards on what it says."""
+    if isinstance(value, bool):
+        return library.plainly(value)
+    return operator.index(value) if isinstance(value, int) else value
+
+
 @dispatch.entry
 def apply(
     query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Choose an implementation and run it, with autograd where a gradient is wanted; LSE where it is asked for."""
     request = request_of(query, key, value, extras, options)
+    if torch.compiler.is_compiling():
+        request = Request(*map(_plain, request))
     backend = dispatch.choose(NAME, request, query, key, value, extras.bias).backend
     if extras.cu_queries is not None and (backend == "torch" or query.numel() == 0 or key.numel() == 0):
         return attention_torch.sequences(query, key, value, extras, options, return_lse)

@@ -16,6 +16,8 @@ from torch import Tensor
 from dlkern.kernels.reference import attention as reference
 from dlkern.kernels.reference.attention import Extras, Options
 
+from . import library
+
 
 def sequences(
     query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options, return_lse: bool
@@ -55,7 +57,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Opti
         options.dropout_p,
         causal,
         scale=options.scale,
-        enable_gqa=query.size(1) != key.size(1),
+        enable_gqa=library.plainly(query.size(1) != key.size(1)),
     )
 
 

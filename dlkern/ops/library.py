@@ -62,3 +62,11 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def plainly(condition: bool) -> bool:
+    """A bool of which the compiler has made up its mind: of symbolic sizes a guard, not a value."""
+    found = False
+    if condition:
+        found = True
+    return found

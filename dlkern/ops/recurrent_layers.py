@@ -109,12 +109,13 @@ def _varied(
     return x, weights, Extras(*weights[5:9], zoneout, dropout)
 
 
-def _plainly(condition: bool) -> bool:
-    """A bool of which the compiler has made up its mind: of symbolic sizes a guard, not a value."""
-    found = False
-    if condition:
-        found = True
-    return found
+def _breaks_graphs(op: Family, request: Request) -> bool:
+    """Whether PyTorch's own sequence has a backward that no compiled graph can hold, and nobody insists on it.
+
+    oneDNN's LSTM on the CPU saves an undefined tensor, which AOTAutograd refuses to hand from forward to backward.
+    """
+    training = op.name == "lstm" and request.device == "cpu" and request.training and not request.cell
+    return training and dispatch.forced(op.name) is None
 
 
 def choose(
@@ -139,16 +140,19 @@ def choose(
         device,
         dtype,
         variant.activation,
-        _plainly(batch <= FEW_SEQUENCES),
-        _plainly(one_step),
+        library.plainly(batch <= FEW_SEQUENCES),
+        library.plainly(one_step),
         cell,
-        _plainly(weights.ih.numel() + weights.hh.numel() <= TINY_WEIGHT),
+        library.plainly(weights.ih.numel() + weights.hh.numel() <= TINY_WEIGHT),
         packed,
         weights.hr is not None,
         training,
         *(() if stock else _asked(variant, weights)),
     )
-    return dispatch.choose(op.name, request, x, batch, weights.ih, weights.hh, layers).backend, dtype
+    backend = dispatch.choose(op.name, request, x, batch, weights.ih, weights.hh, layers).backend
+    if backend == "torch" and torch.compiler.is_compiling() and stock and _breaks_graphs(op, request):
+        backend = dispatch.first_supporting(op.name, ("cpu", "reference"), request)
+    return backend, dtype
 
 
 def _asked(variant: Variant, weights: Weights) -> tuple[bool, str, bool, bool, bool, bool]:
