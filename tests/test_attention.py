@@ -420,12 +420,17 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": T5Bias(torch.zeros(31, 4))}, ValueError, "bias.table: expected 32 rows, one a bucket, got 31"),
     ({"bias": T5Bias(torch.zeros(7, 4), True, 7)}, ValueError, "bias.num_buckets: expected an even number"),
     ({"bias": T5Bias(torch.zeros(32, 4), True, 32, 8)}, ValueError, "bias.max_distance: expected more than 8, got 8"),
+    ({"bias": T5Bias(torch.zeros(32, 4), True, 32, 90.5)}, TypeError, "bias.max_distance: expected an int, got 90.5"),
+    ({"bias": T5Bias(torch.zeros(32, 4), True, 32.0)}, TypeError, "bias.num_buckets: expected an int, got 32.0"),
     ({"bias": T5Bias(torch.zeros(32, 4).double())}, TypeError, "bias.table: expected torch.float32.*torch.float64"),
     ({"key_padding_mask": _bool(2, 5)}, ValueError, r"key_padding_mask: expected shape \(2, 6\) .* got \(2, 5\)"),
     ({"key_padding_mask": torch.zeros(2, 6)}, TypeError, "key_padding_mask: expected torch.bool, got torch.float32"),
     ({"key_lengths": torch.zeros(3, dtype=torch.int32)}, ValueError, r"key_lengths: expected shape \(2,\)"),
     ({"key_lengths": torch.zeros(2)}, TypeError, "key_lengths: expected torch.int32 or torch.int64, got torch.float32"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a probability from 0 up to, not including, 1, got 1.0"),
+    ({"dropout_p": None}, TypeError, "dropout_p: expected a number, got None"),
+    ({"scale": "0.5"}, TypeError, "scale: expected a number, got '0.5'"),
+    ({"softcap": "2"}, TypeError, "softcap: expected a number, got '2'"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: .* got -0.1"),
     ({"causal_alignment": "centre"}, ValueError, "causal_alignment: expected one of top_left, bottom_right, got"),
     ({"scale": INF}, ValueError, "scale: expected a finite number or None, got inf"),
@@ -436,8 +441,6 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \(4,\) or \(2, 4\), got \(3,\)"),
     ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes: expected a tensor without"),
 ]  # fmt: skip
-    ({"bias": T5Bias(torch.zeros(32, 4), True, 32, 90.5)}, TypeError, "bias.max_distance: expected an int, got 90.5"),
-    ({"bias": T5Bias(torch.zeros(32, 4), True, 32.0)}, TypeError, "bias.num_buckets: expected an int, got 32.0"),
 
 
 @pytest.mark.parametrize(("change", "error", "message"), WRONG, ids=lambda v: str(v)[:40].replace("\n", " "))

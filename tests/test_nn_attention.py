@@ -149,5 +149,8 @@ def test_attention_module() -> None:
     right = functional.attention(q, k, v, key_lengths=lengths, return_lse=True, **options)
     torch.testing.assert_close((out, lse), right)
     assert "window=3" in repr(module)
-    with pytest.raises(ValueError, match=r"dropout: .* got 1\.0"):
-        layers.Attention(dropout=1.0)
+    wrong: list[dict[str, Any]] = [{"dropout": 1.0}, {"causal_alignment": "left"}, {"window": -1}, {"softcap": -2.0}]
+    for changes in wrong:
+        ((name, value),) = changes.items()
+        with pytest.raises(ValueError, match=f"{name}: .* got {value!r}"):
+            layers.Attention(**changes)

@@ -171,6 +171,10 @@ def test_bad_projection_and_bias() -> None:
         functional.lstm(x, [w.weight_ih_l0, w.weight_hh_l0, torch.zeros(2, 4)])
     with pytest.raises(ValueError, match="weights: expected 2 or 4 tensors"):
         functional.gru(x, [torch.zeros(15, 3), torch.zeros(15, 5), torch.zeros(2, 5)])
+    with pytest.raises(TypeError, match=r"weights\[1\]: expected a Tensor, got NoneType"):
+        functional.gru(x, [torch.zeros(15, 3), None])
+    with pytest.raises(TypeError, match=r"dropout: expected a probability between 0 and 1, got '0\.5'"):
+        functional.gru(x, [torch.zeros(15, 3), torch.zeros(15, 5)], dropout="0.5")
     with pytest.raises(ValueError, match="bias_ih and bias_hh: expected both or neither, got bias_ih alone"):
         functional.gru_cell(x[0], None, torch.zeros(15, 3), torch.zeros(15, 5), torch.zeros(15))
     with pytest.raises(ValueError, match="nonlinearity: expected 'tanh' or 'relu', got 'gelu'"):
@@ -186,6 +190,7 @@ def test_bad_projection_and_bias() -> None:
         (torch.zeros(3), torch.zeros(1, 5), ValueError, r"h: expected shape \(5,\), got \(1, 5\)"),
         (torch.zeros(2, 3), torch.zeros(2, 5, dtype=F64), TypeError, "h: expected torch.float32 like x"),
         ("x", None, TypeError, "x: expected a Tensor, got str"),
+        (torch.zeros(2, 3), "h", TypeError, "h: expected a Tensor, got str"),
     ],
 )
 def test_bad_cells(x: Any, h: Any, error: type[Exception], message: str) -> None:
@@ -279,11 +284,6 @@ def test_a_module_compiles_where_dynamo_lets_it() -> None:
         torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
 
-# ------------------------------------------------------------------------------------------- swap
-class Tagger(nn.Module):
-    """A convolution with its norm, a packed LSTM, a loop over a cell."""
-
-    def __init__(self) -> None:
 @every_op
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_default_compiles_whole_in_training(op: str, dynamic: bool) -> None:
@@ -305,6 +305,11 @@ def test_the_default_compiles_whole_in_training(op: str, dynamic: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------- swap
+class Tagger(nn.Module):
+    """A convolution with its norm, a packed LSTM, a loop over a cell."""
+
+    def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(4, 6)
         self.encoder = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)

@@ -155,7 +155,24 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
             raise ValueError(f"enable_gqa: {key_heads} heads of key do not divide {heads} heads of query")
 
 
+def _check_number(name: str, value: Any) -> None:
+    if type(value) is float or type(value) is int:
+        return
+    try:
+        float(value)
+        wrong = isinstance(value, str)
+    except (TypeError, ValueError, RuntimeError):
+        wrong = True
+    if wrong:
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
 def _check_options(dropout_p: float, causal_alignment: str, scale: float | None, softcap: float | None) -> None:
+    _check_number("dropout_p", dropout_p)
+    if scale is not None:
+        _check_number("scale", scale)
+    if softcap is not None:
+        _check_number("softcap", softcap)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability from 0 up to, not including, 1, got {dropout_p}")
     if causal_alignment not in ALIGNMENTS:

@@ -241,8 +241,8 @@ def _sequence(
     peephole: Sequence[Tensor] = (),
 ) -> tuple[Any, Tensor, Tensor | None, Any]:
     directions = 2 if bidirectional else 1
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: expected a probability between 0 and 1, got {dropout}")
+    if dropout != 0.0:
+        checks.check_probability("dropout", dropout)
     h0, c0 = (hx, None) if hx is None or not op.has_cell else checks.pair(hx)
     plain = not layer_norm and not peephole and not variant.all_cells
     if (
@@ -322,6 +322,10 @@ def _cell(
 ) -> tuple[Tensor, Tensor | None]:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if h is not None and not isinstance(h, Tensor):
+        raise TypeError(f"h: expected a Tensor, got {type(h).__name__}")
+    if c is not None and not isinstance(c, Tensor):
+        raise TypeError(f"c: expected a Tensor, got {type(c).__name__}")
     rank = x.dim()
     if rank not in (1, 2):
         raise ValueError(f"x: expected (B, I) or (I,), got shape {tuple(x.shape)}")

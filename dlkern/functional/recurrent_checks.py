@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,14 @@ from dlkern.ops import library
 from dlkern.ops.recurrent import Family, Weights
 
 from .dtypes import DTYPES
+
+
+def check_probability(name: str, value: Any) -> None:
+    """Raise where a value is no number from 0 to 1."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a probability between 0 and 1, got {value!r}")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"{name}: expected a probability between 0 and 1, got {value}")
 
 
 def split(op: Family, x: Tensor, weights: Sequence[Tensor], num_layers: int, directions: int) -> list[Weights]:
@@ -33,6 +42,9 @@ def split(op: Family, x: Tensor, weights: Sequence[Tensor], num_layers: int, dir
         part = weights[index * each : (index + 1) * each]
         hr = part[-1] if each % 2 else None
         bias = part[2:4] if each >= 4 else (None, None)
+        for place, value in enumerate(part):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"weights[{index * each + place}]: expected a Tensor, got {type(value).__name__}")
         made = Weights(part[0], part[1], bias[0], bias[1], hr)
         first = index < directions
         if not first:
@@ -149,7 +161,12 @@ def fits(
     ``sequences`` are the leading sizes of h and c. What is False here may be right all the same.
     """
     ih, hh, bias_ih, bias_hh = weights[:4]
-    if hh.dim() != 2 or (bias_ih is None) != (bias_hh is None):
+    if (
+        not isinstance(ih, Tensor)
+        or not isinstance(hh, Tensor)
+        or hh.dim() != 2
+        or (bias_ih is None) != (bias_hh is None)
+    ):
         return False
     width, hidden = hh.shape
     if not hidden or width != op.gates * hidden or ih.shape != (width, x.size(-1)):

@@ -41,8 +41,7 @@ def variant(
         if value not in ACTIVATIONS:
             raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)}, got {value!r}")
     for name, share in (("zoneout", zoneout), ("recurrent_dropout", recurrent_dropout)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}: expected a probability between 0 and 1, got {share}")
+        checks.check_probability(name, share)
     return Variant(
         activation, recurrent_activation, float(zoneout), float(recurrent_dropout), bool(memory_efficient),
         bool(all_cells),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlkern import functional
 from dlkern.functional import DTYPES, RelativePositionBias, T5Bias
-from dlkern.functional.attention import MAX_HEAD_DIM, Window
+from dlkern.functional.attention import MAX_HEAD_DIM, Window, _band, _check_options
 
 
 class Attention(nn.Module):
@@ -38,6 +38,8 @@ class Attention(nn.Module):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability from 0 up to, not including, 1, got {dropout}")
+        _check_options(dropout, causal_alignment, scale, softcap)
+        _band(is_causal, window, 1, 1, 0)  # for its errors: the lengths come with the call
         self.dropout = dropout
         self.is_causal = is_causal
         self.causal_alignment = causal_alignment
