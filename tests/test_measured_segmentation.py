@@ -227,6 +227,19 @@ def test_transposed_convolutions_that_lose_are_left(monkeypatch: pytest.MonkeyPa
     assert type(model) is nn.Sequential
 
 
+def test_the_reason_is_that_of_the_ratio(monkeypatch: pytest.MonkeyPatch, latent: Tensor) -> None:
+    """Of the call as a whole, and not of the batch norm inside of it, which is within the noise."""
+    model = _deconv()
+    with monkeypatch.context() as patch:
+        _paced(patch, lambda name: 1.25 if name == "transposed" else 1 / 1.01)
+        dlkern.swap(model, sample=latent, policy="measured")
+    for row in dlkern.report(model).skipped:
+        assert row.ratio == 0.8
+        assert "cpu, is 0.80x PyTorch on" in row.reason
+    (norm,) = [answer for key, answer in answers.everything() if key.op == "batch_norm_act"]
+    assert norm.in_words().endswith("cpu, is 1.01x PyTorch (1.01-1.01: too little to count on)")
+
+
 def test_a_transposed_backend_with_wrong_gradients_is_set_aside(
     monkeypatch: pytest.MonkeyPatch, latent: Tensor
 ) -> None:

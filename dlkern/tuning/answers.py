@@ -44,7 +44,10 @@ class Answer(NamedTuple):
             return f"measured: {self.ratio:.2f}x PyTorch" if self.ratio is not None else "measured"
         if self.rival is not None and self.ratio is not None:
             other = self.rival if self.rival.startswith("torch") else f"the fastest other, {self.rival},"
-            return f"measured: {other} is {self.ratio:.2f}x PyTorch"
+            text = f"measured: {other} is {self.ratio:.2f}x PyTorch"
+            if self.ratio > 1 and self.low is not None and self.high is not None:
+                text += f" ({self.low:.2f}-{self.high:.2f}: too little to count on)"
+            return text
         if self.wrong:
             return f"measured: no other gives right numbers here ({', '.join(name for name, _ in self.wrong)})"
         return "measured: no other backend is faster, or none can run it"

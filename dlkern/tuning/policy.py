@@ -324,7 +324,8 @@ def _site(kind: str, calls: list[Call], outcomes: list[Outcome], indices: list[i
     if names and not contradicted:
         gain = f"{ratio:.2f}x PyTorch" if ratio is not None else "faster than PyTorch"
         return SiteVerdict(kind, ", ".join(names), f"measured: {gain} on {where}", ratio, True)
-    told = [a.in_words() for a in found.values() if a.backend == "torch"]
+    first = dict.fromkeys(key for i in outer for key in outcomes[i].reached)  # whose ratio it is
+    told = [a.in_words() for key in (*first, *keys) if (a := found.get(key)) is not None and a.backend == "torch"]
     reason = next((text for text in told if "x PyTorch" in text), told[0] if told else "measured: nothing to choose")
     return SiteVerdict(kind, "torch", f"{reason} on {where}", ratio, False)
 
