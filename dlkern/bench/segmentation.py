@@ -59,8 +59,8 @@ class ASPP(nn.Module):
         return self.project(res)
 
 
-class Entry(nn.Module):
-    """An Xception block: separable convolutions beside a 1 x 1 one."""
+class Block(nn.Module):
+    """An Xception block: separable convolutions beside a 1 x 1 one, or where no size changes beside nothing."""
 
     def __init__(self, channels: int, out: int, stride: int = 1, rate: int = 1) -> None:
         super().__init__()
@@ -70,7 +70,9 @@ class Entry(nn.Module):
             separable(out, out, rate, stride),
             nn.BatchNorm2d(out),
         )
-        self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.skip: nn.Module = nn.Identity()
+        if channels != out or stride != 1:
+            self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,12 +82,14 @@ class Entry(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """An Xception-like encoder with dilated separable convolutions, ASPP, and the decoder; logits of x's size."""
 
-    def __init__(self, width: int = 32, out: int = 256, classes: int = 21, rates: Sequence[int] = (6, 12, 18)) -> None:
+    def __init__(
+        self, width: int = 32, out: int = 256, classes: int = 21, rates: Sequence[int] = (6, 12, 18), depth: int = 2
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(*conv_bn_relu(3, width, 3, 2), *conv_bn_relu(width, 2 * width))
-        self.low = Entry(2 * width, 4 * width, stride=2)
-        self.entry = nn.Sequential(Entry(4 * width, 8 * width, stride=2), Entry(8 * width, 16 * width))
-        self.middle = nn.Sequential(*(Entry(16 * width, 16 * width, rate=2) for _ in range(2)))
+        self.low = Block(2 * width, 4 * width, stride=2)
+        self.entry = nn.Sequential(Block(4 * width, 8 * width, stride=2), Block(8 * width, 16 * width))
+        self.middle = nn.Sequential(*(Block(16 * width, 16 * width, rate=2) for _ in range(depth)))
         self.aspp = ASPP(16 * width, rates, out)
         self.lateral = nn.Sequential(*conv_bn_relu(4 * width, 48, 1))
         self.decoder = nn.Sequential(*separable_bn_relu(out + 48, out), *separable_bn_relu(out, out))
@@ -102,6 +106,11 @@ class DeepLabV3Plus(nn.Module):
 def deeplabv3plus() -> nn.Module:
     """The model at a width that trains on a CPU within a second or two a step."""
     return DeepLabV3Plus()
+
+
+def deeplabv3plus_deep() -> nn.Module:
+    """The same with the sixteen blocks in the middle that the paper's Xception has."""
+    return DeepLabV3Plus(depth=16)
 
 
 def tiny() -> nn.Module:

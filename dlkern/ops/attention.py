@@ -25,10 +25,8 @@ def _default_order(request: Request) -> Sequence[str]:
     if request.device != "cpu" or request.dtype == torch.float64:
         return ("torch",)  # until a committed results file shows ours right and not slower
     # On the CPU PyTorch's kernel does nothing of this without a mask of queries x keys, and hides no work behind one;
-    # benchmarks/bench_attention.py measures both. Plain attention is PyTorch's own, and so are what few queries hide
-    # with a mask, and a table by position beside half data.
-    if request.table == "positions" and request.dtype != torch.float32:
-        return ("torch",)
+    # benchmarks/bench_attention.py measures both. Plain attention is PyTorch's own, and so is what few queries hide
+    # with a mask.
     asked = request._replace(mask="none") if request.short else request
     plain = (
         asked.mask == asked.bias == asked.table == "none"
