@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import dlkern
-from benchmarks import segmentation
 from dlkern import dispatch
-from dlkern.bench import measure
+from dlkern.bench import measure, segmentation
 from dlkern.tuning import answers, cache, policy, race, record
 from dlkern.tuning import step as stepping
 

@@ -467,6 +467,16 @@ def answers_watched() -> Iterator[answers.Trial]:
         yield trial
 
 
+def test_random_tensors_are_as_large_as_the_call_s_own() -> None:
+    layer = dlkern.nn.GRU(8, 32)
+    with record.recording() as recorded:
+        layer(torch.randn(3, 2, 8) * 7)
+    made = [t for t in recorded.calls[-1].make() if isinstance(t, torch.Tensor) and t.dim() > 1]
+    found = sorted(float(t.detach().square().mean().sqrt()) for t in made if t.numel() and t.any())
+    assert found[0] < 0.15  # a weight: uniform within 1 / sqrt(32)
+    assert 5 < found[-1] < 9  # the input
+
+
 def test_relu_gradients_are_judged_away_from_the_kink() -> None:
     norm = dlkern.nn.BatchNormAct2d(64)
     with record.recording() as recorded:

@@ -159,3 +159,30 @@ def test_a_model_that_keeps_a_piece_of_its_graph() -> None:
     plain = models.CachesInEval().eval()
     model = copy.deepcopy(plain)
     assert dlkern.verify(plain, dlkern.swap(model), torch.randn(2, 8, 6, 6)).ok
+
+
+class Summed(nn.Module):
+    """A sum of many terms, one after the other or, ``exact``, in double."""
+
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        self.exact = exact
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.exact:
+            return (x.double().sum(0) * self.scale).to(x.dtype)
+        total = torch.zeros_like(x[0])
+        for term in x:
+            total = total + term
+        return total * self.scale
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.0, True), (1.01, False)])
+def test_pytorchs_own_error_counts_where_its_variants_share_it(factor: float, ok: bool) -> None:
+    terms = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0)) + 0.1
+    model = Summed(exact=True)
+    model.register_forward_hook(lambda module, args, output: output * factor)
+    report = dlkern.verify(Summed(exact=False), model, terms, backward=False)
+    assert report.variants[-1] == "float64"
+    assert report.ok is ok

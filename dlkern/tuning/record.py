@@ -63,6 +63,7 @@ class Call:
     function: Callable[..., Any]
     leaves: list[Any]  # Forms in the tensors' places
     values: dict[int, Tensor]  # of leaves whose values are kept
+    sizes: dict[int, float]  # root mean square of the other tensors
     spec: Any
     modes: Modes
     tensors: frozenset[int]
@@ -83,7 +84,11 @@ class Call:
         return next((str(leaf) for leaf in self.leaves if isinstance(leaf, Form)), "")
 
     def make(self, seed: int = 0) -> list[Any]:
-        """Arguments of the same form, leaf by leaf: random floats, and the values that were kept."""
+        """Arguments of the same form, leaf by leaf: random floats as large as the call's own, and the kept values.
+
+        Of another size they could be another problem: with large weights a recurrent layer's gates saturate, and what
+        is left of a gradient is rounding.
+        """
         found: list[Any] = []
         generators: dict[torch.device, torch.Generator] = {}
         for index, leaf in enumerate(self.leaves):
@@ -91,7 +96,7 @@ class Call:
                 found.append(leaf)
                 continue
             generator = generators.setdefault(leaf.device, torch.Generator(leaf.device).manual_seed(seed))
-            found.append(_made(leaf, self.values.get(index), generator))
+            found.append(_made(leaf, self.values.get(index), self.sizes.get(index, 1.0), generator))
         return found
 
     def arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -99,13 +104,13 @@ class Call:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def _made(form: Form, values: Tensor | None, generator: torch.Generator) -> Tensor:
+def _made(form: Form, values: Tensor | None, size: float, generator: torch.Generator) -> Tensor:
     span = form.offset + 1 + sum((n - 1) * s for n, s in zip(form.shape, form.stride, strict=True))
     if 0 in form.shape:
         span = form.offset
     if values is None:
         wide = form.dtype if form.dtype in (torch.float32, torch.float64) else torch.float32
-        storage = torch.randn(span, generator=generator, device=form.device, dtype=wide).to(form.dtype)
+        storage = torch.randn(span, generator=generator, device=form.device, dtype=wide).mul_(size).to(form.dtype)
     else:
         storage = torch.zeros(span, device=form.device, dtype=form.dtype)
     made = storage.as_strided(form.shape, form.stride, form.offset)
@@ -147,6 +152,7 @@ class Recording:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         forms: list[Any] = []
         values: dict[int, Tensor] = {}
+        sizes: dict[int, float] = {}
         ids = []
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
@@ -162,6 +168,8 @@ class Recording:
                 values[index] = leaf.detach().clone()
                 if kept and leaf.numel() <= _TOLD_APART:
                     told = tuple(leaf.flatten().tolist())
+            else:
+                sizes[index] = _size(leaf.detach())
             forms.append(
                 Form(
                     tuple(leaf.shape),
@@ -177,9 +185,15 @@ class Recording:
             torch.is_grad_enabled(),
             tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)),
         )
-        call = Call(function, forms, values, spec, modes, frozenset(ids), _running_owner(), None)
+        call = Call(function, forms, values, sizes, spec, modes, frozenset(ids), _running_owner(), None)
         call.key = (function, modes, str(spec), *(_hashable(leaf) for leaf in forms))
         return call
+
+
+def _size(t: Tensor) -> float:
+    """Root mean square; 1 where that says nothing."""
+    found = float(torch.linalg.vector_norm(t.float())) / max(t.numel(), 1) ** 0.5
+    return found if 0 < found < float("inf") else 1.0
 
 
 def _hashable(leaf: Any) -> Any:
