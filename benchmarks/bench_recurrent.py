@@ -1,7 +1,7 @@
-"""LSTM, GRU, RNN and cells: torch.nn's beside dlkern's, with the backend that is chosen and with the cpu backend.
+"""LSTM, GRU, RNN and cells: torch.nn's beside dlkern's, with the backend that is chosen and with dlkern's own.
 
-One thread's own time, so that a busy machine does not enter. Every row is first held to the parity rule on the very
-call that is timed.
+On a CPU one thread's own time, so that a busy machine does not enter; on a GPU torch.nn's layers are cuDNN's. Every
+row is first held to the parity rule on the very call that is timed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from torch import nn
 from dlkern.bench.cases.recurrent import RecurrentCase, RecurrentProblem, cases
 from dlkern.kernels.cpu import unavailable
 
-from .own_time import ROWS, race
+from .own_time import DEVICE_TYPE, ROWS, race
 
 
-@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.skipif(DEVICE_TYPE == "cpu" and unavailable() is not None, reason=str(unavailable()))
 @pytest.mark.parametrize(
     ("case", "row"),
-    [(case, row) for case in cases() for row in ROWS if row == "dlkern" or not case.variant],  # a variant is cpu's
+    [
+        (case, row) for case in cases(DEVICE_TYPE) for row in ROWS if row == "dlkern" or not case.variant
+    ],  # a variant is cpu's
     ids=str,
 )
 def test_recurrent(case: RecurrentCase, row: str, benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:
-    problem = RecurrentProblem(case)
+    problem = RecurrentProblem(case, DEVICE_TYPE)
     eager = problem.step(problem.module(nn))
     race(problem, row, eager, benchmark, record, request)

@@ -1,4 +1,4 @@
-"""Rows timed by one thread's own time, so that a busy machine does not enter: PyTorch beside a backend of dlkern's."""
+"""PyTorch beside a backend of dlkern's: on a CPU by one thread's own time, so that a busy machine does not enter."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from dlkern.bench import measure
+from dlkern.bench.cases.base import Unsupported
 
-#: The backend that is chosen, and the cpu backend.
-ROWS = ("dlkern", "dlkern-cpu")
+DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
+#: The backend that is chosen, and the one that is dlkern's own on this kind of device.
+ROWS = ("dlkern", "dlkern-triton" if DEVICE_TYPE == "cuda" else "dlkern-cpu")
 
 
 @contextlib.contextmanager
@@ -36,13 +38,16 @@ def race(
     request: pytest.FixtureRequest,
 ) -> None:
     """Hold ``row`` of a problem to the parity rule on the very call that is timed; then time it, and write it down."""
-    case = problem.case
-    with one_thread(), problem.candidate(row) as step:
-        backend = problem.check(step, eager)
+    case, on_cpu = problem.case, DEVICE_TYPE == "cpu"
+    with one_thread() if on_cpu else contextlib.nullcontext(), problem.candidate(row) as step:
+        try:
+            backend = problem.check(step, eager)
+        except Unsupported as error:
+            pytest.skip(str(error))
         comparison = measure.compare(
             {"eager": eager, row: step},
-            device="cpu",
-            clock=time.thread_time,
+            device=DEVICE_TYPE,
+            clock=time.thread_time if on_cpu else time.perf_counter,
             min_seconds=request.config.getoption("--min-seconds"),
         )
         benchmark.pedantic(step, rounds=5, warmup_rounds=1)

@@ -74,7 +74,7 @@ stage_info() {
 }
 
 LAUNCHES=(tests/test_triton_launch.py tests/test_conv_bn_act_triton.py tests/test_depthwise_triton.py
-    tests/test_transposed_triton.py)
+    tests/test_transposed_triton.py tests/test_attention_triton.py tests/test_recurrent_triton.py)
 
 stage_launches() {
     if ((dry)); then
@@ -116,7 +116,7 @@ stage_ops() {
         return
     fi
     local op
-    for op in batch_norm_act conv_bn_act depthwise atrous transposed; do
+    for op in batch_norm_act conv_bn_act depthwise atrous transposed attention recurrent; do
         bench $op -k "not compile" --min-seconds 0.15 || return 1
     done
 }

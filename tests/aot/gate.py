@@ -24,7 +24,7 @@ SUBSET = 160
 Pair = tuple[str, int]
 
 #: Bytes of stack that an older compiler takes where Triton 3.8 takes none from the same code, by Triton's version. No
-#: more than these (on sm_90 one of 16 bytes); a newer version has no entries: there a spill is mended in the kernel.
+#: more than these, and none on sm_90; a newer version has no entries: there a spill is mended in the kernel.
 KNOWN_STACK: dict[str, dict[Pair, int]] = {
     "3.6": {
         ("batch_norm_act _backward_sums_kernel planes 128x16x4 fp16/fp32 identity residual round", 120): 8,
@@ -32,8 +32,6 @@ KNOWN_STACK: dict[str, dict[Pair, int]] = {
         ("conv_bn_act forward_kernel pointwise 128x128x64x8x3 fp16 norm-batch identity c unit", 100): 72,
         ("conv_bn_act forward_kernel taps 128x128x64x8x3 fp16 norm-batch identity bias c unit", 100): 56,
         ("conv_bn_act input_gradient_kernel flat 64x64x64x4x3 tf32", 80): 8,
-        ("recurrent step_forward_kernel gru fp16 stepx16x32x64x4x3 relu bare", 90): 16,
-        ("recurrent step_forward_kernel gru fp16 stepx16x32x64x4x3 relu bare", 100): 16,
         ("recurrent step_forward_kernel lstm fp32 stepx16x32x64x4x1 tanh", 100): 216,
     }
 }

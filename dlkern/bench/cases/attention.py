@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dlkern
 from dlkern.bench import parity
 from dlkern.functional import RelativePositionBias, T5Bias, attention, attention_varlen
 
-from .base import chosen, dtype_name
+from .base import Unsupported, chosen, dtype_name
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -79,8 +80,31 @@ _SHAPES: tuple[tuple[str, int, int, int, int, tuple[int, ...], float | None], ..
 )
 
 
-def cases() -> list[AttentionCase]:
-    """Every case, with the ratio to reach on a CPU where one is set."""
+#: The same on a GPU: training's ratio to reach, and inference's where it has one of its own.
+_GPU_SHAPES: tuple[tuple[str, int, int, int, int, tuple[int, ...], float | None, float | None], ...] = (
+    ("dense", 4, 16, 2048, 128, (), 0.75, 0.85),
+    ("dense", 4, 16, 2048, 64, (), 0.80, 0.95),
+    ("dense", 64, 16, 128, 64, (), 1.4, 1.15),
+    ("dense", 64, 12, 197, 64, (), 1.4, 1.15),
+    ("causal", 4, 16, 2048, 64, (), None, None),
+    ("relative", 2048, 4, 49, 32, (), 3.0, None),
+    ("t5", 16, 8, 512, 64, (), 2.5, None),
+    ("padding", 16, 16, 512, 64, (512,) * 16, 0.95, None),
+    ("padding", 16, 16, 512, 64, (256,) * 16, 1.7, None),
+    ("varlen", 16, 16, 512, 64, (256,) * 16, None, None),
+    ("window", 4, 16, 2048, 64, (), None, None),
+)
+
+
+def cases(device_type: str = "cpu") -> list[AttentionCase]:
+    """Every case of a kind of device, with the ratio to reach there where one is set."""
+    if device_type == "cuda":
+        return [
+            AttentionCase(kind, batch, heads, length, dim, training, lengths, dtype, wanted if training else inference)
+            for dtype in (torch.bfloat16, torch.float16)
+            for training in (True, False)
+            for kind, batch, heads, length, dim, lengths, wanted, inference in _GPU_SHAPES
+        ]
     found = []
     for training in (True, False):
         for kind, batch, heads, length, dim, lengths, wanted in _SHAPES:
@@ -92,15 +116,16 @@ def cases() -> list[AttentionCase]:
 
 
 class AttentionProblem:
-    """A case's inputs, and the calls on them; a row is "eager", "dlkern", or "dlkern-BACKEND" with that one forced.
+    """A case's inputs, and the calls on them; a row is "eager", "dlkern", or "dlkern-BACKEND" with that one forced;
+    "sdpa-BACKEND" is eager with that one of PyTorch's backends.
 
     Eager is the fastest of PyTorch's forms that was found for each kind: for "relative" the explicit softmax, for the
     others scaled_dot_product_attention with a mask. "varlen" is the batch of "padding" without its padding, beside the
     same padded call of PyTorch.
     """
 
-    def __init__(self, case: AttentionCase) -> None:
-        self.case = case
+    def __init__(self, case: AttentionCase, device: torch.device | str = "cpu") -> None:
+        self.case, self.device = case, torch.device(device)
         generator = torch.Generator().manual_seed(0)
         b, h, n, d = case.batch, case.heads, case.length, case.dim
         self.qkv = [torch.randn(b, n, h, d, generator=generator) for _ in range(3)]
@@ -115,6 +140,9 @@ class AttentionProblem:
         at = torch.stack(torch.meshgrid(steps, steps, indexing="ij")).flatten(1)
         rows, columns = at[:, :, None] - at[:, None, :] + side - 1
         self.index = rows * (2 * side - 1) + columns
+        for name in ("grad", "padding", "tokens", "ends", "table", "index"):
+            setattr(self, name, getattr(self, name).to(self.device))
+        self.qkv = [t.to(self.device) for t in self.qkv]
 
     # ------------------------------------------------------------------------------------ calls
     def _eager(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
@@ -122,7 +150,8 @@ class AttentionProblem:
         if case.kind == "relative":
             bias = table[self.index.flatten()].view(n, n, -1).permute(2, 0, 1)
             return ((q * case.dim**-0.5) @ k.mT + bias).softmax(-1) @ v
-        distance = torch.arange(n) - torch.arange(n)[:, None]
+        steps = torch.arange(n, device=self.device)
+        distance = steps - steps[:, None]
         buckets = T5Bias(table).check(q, case.heads, n, n)[1] if case.kind == "t5" else distance
         mask = {
             "padding": lambda: ~self.padding[:, None, None, :],
@@ -147,7 +176,7 @@ class AttentionProblem:
     def step(self, row: str, dtype: torch.dtype | None = None) -> Step:
         """The timed call: the forward, and in training the backward to query, key, value and the table."""
         case, dtype = self.case, dtype or self.case.dtype
-        laid = case.kind == "varlen" and row != "eager"
+        laid = case.kind == "varlen" and row.startswith("dlkern")
         inputs = [t.to(dtype, copy=True) for t in self.qkv]
         grad = self.grad.to(dtype)
         if laid:
@@ -166,7 +195,7 @@ class AttentionProblem:
             if laid:
                 out: Any = attention_varlen(q, k, v, self.ends, self.ends)
                 return out
-            return (self._eager if row == "eager" else self._ours)(q, k, v, table)
+            return (self._ours if row.startswith("dlkern") else self._eager)(q, k, v, table)
 
         def train() -> tuple[Tensor, ...]:
             out = output()
@@ -181,8 +210,13 @@ class AttentionProblem:
     @contextlib.contextmanager
     def candidate(self, row: str) -> Iterator[Step]:
         """A row's call, with its backend forced inside of the block."""
-        _, _, backend = row.partition("-")
-        with dlkern.backend(attention=backend) if backend else contextlib.nullcontext():
+        owner, _, backend = row.partition("-")
+        forced: Any = contextlib.nullcontext()
+        if owner == "sdpa":
+            forced = sdpa_kernel(getattr(SDPBackend, backend.upper()))
+        elif backend:
+            forced = dlkern.backend(attention=backend)
+        with forced:
             yield self.step(row)
 
     # ----------------------------------------------------------------------------------- parity
@@ -193,7 +227,12 @@ class AttentionProblem:
             AssertionError: a result is farther from float64 than the rule allows.
         """
         with chosen("attention") as backends:
-            results = step()
+            try:
+                results = step()
+            except RuntimeError as error:
+                if "No available kernel" in str(error) or "No viable backend" in str(error):  # what it cannot run
+                    raise Unsupported(str(error)) from error
+                raise
         truths, peers = self.step("eager", torch.float64)(), eager()
         for index, (result, peer, truth) in enumerate(zip(results, peers, truths, strict=True)):
             name = "y" if index == 0 else f"gradient {index}"

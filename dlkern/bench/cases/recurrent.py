@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN layers and cells in float32, beside torch.nn's: what is timed, and its parity."""
+"""LSTM, GRU and RNN layers and cells, beside torch.nn's: what is timed, and its parity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import dlkern
 import dlkern.nn
 from dlkern.bench import parity
 
-from .base import chosen
+from .base import chosen, dtype_name
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -38,11 +38,13 @@ class RecurrentCase:
     cell: bool = False
     target: float | None = None
     variant: str = ""
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         words = [self.op + ("_cell" if self.cell else ""), f"{self.steps}x{self.batch}x{self.hidden}"]
         words += ["training" if self.training else "inference", *(["packed"] if self.packed else [])]
-        return "-".join([*words, *([self.variant] if self.variant else [])])
+        words += [self.variant] if self.variant else []
+        return "-".join([*words, *([] if self.dtype == torch.float32 else [dtype_name(self.dtype)])])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -56,12 +58,29 @@ class RecurrentCase:
             "packed": self.packed,
             "cell": self.cell,
             "variant": self.variant,
-            "dtype": "float32",
+            "dtype": dtype_name(self.dtype),
         }
 
 
-def cases() -> list[RecurrentCase]:
-    """Every case, with the ratio to reach on a CPU where one is set."""
+def _gpu_cases() -> list[RecurrentCase]:
+    case = functools.partial(RecurrentCase, "lstm", steps=512, packed=False, cell=False)
+    found = []
+    for training in (False, True):
+        for hidden, half, brain in ((256, (1.3, 1.1), (1.5, 1.3)), (512, (1.3, 1.1), (1.5, 1.3)),
+                                    (1024, (1.0, 1.0), (1.5, 1.3))):  # fmt: skip
+            for dtype, targets in ((torch.float16, half), (torch.bfloat16, brain)):
+                found.append(case(batch=16, hidden=hidden, training=training, target=targets[training], dtype=dtype))
+        found.append(case(batch=4, hidden=256, training=training, target=2.0))
+        found.append(case(batch=16, hidden=64, training=training, dtype=torch.float16))  # a sequence in one kernel
+        found.append(RecurrentCase("gru", 512, 16, 256, training, target=1.3, dtype=torch.float16))
+        found.append(RecurrentCase("rnn", 512, 16, 256, training, dtype=torch.float16))
+    return [*found, RecurrentCase("lstm", 1, 1, 256, False, target=2.0)]
+
+
+def cases(device_type: str = "cpu") -> list[RecurrentCase]:
+    """Every case of a kind of device, with the ratio to reach there where one is set."""
+    if device_type == "cuda":
+        return _gpu_cases()
     case = functools.partial(RecurrentCase, hidden=256)
     found = [
         case("lstm", 1, 1, training=False, target=5.0),
@@ -122,18 +141,19 @@ class _Loop(nn.Module):
 class RecurrentProblem:
     """A case's inputs, and the calls on them; a row is "eager", "dlkern", or "dlkern-BACKEND" with that one forced."""
 
-    def __init__(self, case: RecurrentCase) -> None:
-        self.case = case
+    def __init__(self, case: RecurrentCase, device: torch.device | str = "cpu") -> None:
+        self.case, self.device = case, torch.device(device)
         generator = torch.Generator().manual_seed(0)
         shape = (case.batch, case.hidden) if case.cell else (case.steps, case.batch, case.hidden)
         self.x = torch.randn(shape, generator=generator)
         states = shape if case.cell else (1, case.batch, case.hidden)
         self.states = [torch.randn(states, generator=generator) for _ in range(2 if case.op == "lstm" else 1)]
-        self.grad = torch.randn(shape, generator=generator)
+        self.grad = torch.randn(shape, generator=generator).to(self.device)
+        self.x, self.states = self.x.to(self.device), [s.to(self.device) for s in self.states]
         # lengths from half of the steps to all of them
         self.lengths = [case.steps - (b * case.steps) // (2 * case.batch) for b in range(case.batch)]
 
-    def module(self, home: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def module(self, home: Any, dtype: torch.dtype | None = None) -> nn.Module:
         """torch.nn's or dlkern.nn's, with the same weights at each call."""
         case, loops = self.case, bool(self.case.variant) and home is nn
         with torch.random.fork_rng(devices=[]):
@@ -147,12 +167,13 @@ class RecurrentProblem:
                 parameter.fill_(
                     0.1
                 )  # at 1 gradients grow over 128 steps, and the rounding of two right paths with them
-        made = made.to(dtype).train(case.variant != "zoneout")
+        made = made.to(self.device, dtype or case.dtype).train(case.variant != "zoneout")
         return _Loop(made) if loops else made
 
-    def step(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
+    def step(self, module: nn.Module, dtype: torch.dtype | None = None) -> Step:
         """The timed call: the forward, and in training the backward to the input and every parameter."""
         case, parameters = self.case, list(module.parameters())
+        dtype = dtype or case.dtype
         x, grad = self.x.to(dtype).requires_grad_(case.training), self.grad.to(dtype)
         states = [s.to(dtype) for s in self.states]
         hx = tuple(states) if case.op == "lstm" else states[0]
@@ -196,5 +217,6 @@ class RecurrentProblem:
         for index, (result, peer, truth) in enumerate(zip(results, eager(), truths, strict=True)):
             name = "y" if index == 0 else f"gradient {index}"
             # a step's rounding is of the size of what it adds up, of which the result is a part
-            parity.assert_parity(name, result, truth, truth.abs() + truth.abs().mean(), peer=peer)
+            terms = truth.abs() + truth.abs().mean()
+            parity.assert_parity(name, result, truth, terms, peer=peer, dtype=self.case.dtype)
         return backends[0] if backends else ""

@@ -76,7 +76,7 @@ def _job(kernel: Any, family: str, launch: Launch, data: str, tf32: bool, extra:
     constants |= {name: None for name, kind in signature.items() if kind is None}
     words += [*["norm"] * norm, activation, *["bare"] * bare]
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if launch.kind != plan.CELL:
+    if launch.kind == plan.SEQUENCE:
         options["maxnreg"] = 255
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     divisible = () if bare else ("hidden",)
