@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-import dlkern
 from dlkern.bench import models
-from dlkern.bench.cases.base import DTYPES
+
+from . import model_rows
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,31 +23,7 @@ def test_model(
     spec: str, training: bool, layout: str, benchmark: Any, record: Any, device: torch.device,
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    option = request.config.getoption
-    dtype = DTYPES[option("--dtype")]
-    case = models.ModelCase(spec, training, option("--batch"), option("--image-size"), dtype, layout)
-    problem = models.ModelProblem(case, device)
-    swapped = problem.candidate("swapped")
-    results = models.run(
-        problem,
-        names=models.candidate_names(training, compiled=False),
-        min_seconds=option("--min-seconds"),
-        min_rounds=20,
-    )
-    for result in results:
-        assert result.red is None, result.red
-    first, comparison = results[0], results[0].comparison
-    benchmark.group = f"{case.spec} {case}"
-    benchmark.pedantic(problem.step(swapped), rounds=5, warmup_rounds=1)
-    report = dlkern.report(swapped)
-    facts: dict[str, Any] = {
-        "ratio": first.ratio,
-        "ratio_of_equals": first.equals,
-        "sites": {"swapped": len(report.swapped), "skipped": len(report.skipped)},
-    }
-    if training:
-        facts["kept_for_backward_mb"] = {name: round(size / 1e6, 1) for name, size in first.kept.items()}
-    record(case.facts, comparison, facts)
-    print(f"\n{comparison}")
+    names = models.candidate_names(training, compiled=False)
+    first = model_rows.run(spec, training, layout, names, benchmark, record, device, request)
     if training:
         assert first.kept["swapped"] <= first.kept["plain"]

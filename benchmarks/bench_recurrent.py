@@ -20,9 +20,8 @@ from .own_time import DEVICE_TYPE, ROWS, race
 @pytest.mark.skipif(DEVICE_TYPE == "cpu" and unavailable() is not None, reason=str(unavailable()))
 @pytest.mark.parametrize(
     ("case", "row"),
-    [
-        (case, row) for case in cases(DEVICE_TYPE) for row in ROWS if row == "dlkern" or not case.variant
-    ],  # a variant is cpu's
+    # a variant is dlkern's own whatever is asked for
+    [(case, row) for case in cases(DEVICE_TYPE) for row in ROWS if row == "dlkern" or not case.variant],
     ids=str,
 )
 def test_recurrent(case: RecurrentCase, row: str, benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:

@@ -136,7 +136,7 @@ def _sample(row: dict[str, Any]) -> str:
     return _shape(row.get("shape") or [row["batch"], 3, row["image_size"], row["image_size"]])
 
 
-_CANDIDATES = ("swapped", "frozen", "compile")
+_CANDIDATES = ("swapped", "measured", "frozen", "compile")
 
 
 def models(rows: Rows) -> list[str]:
@@ -154,33 +154,13 @@ def models(rows: Rows) -> list[str]:
                 _milliseconds(row, "plain"),
                 *(_paired(row, name) for name in present),
                 *([_paired(row, "plain again")] if equals else []),
-                f"{kept['plain']:.0f} / {kept['swapped']:.0f}" if kept else "",
+                " / ".join(f"{size:.0f}" for size in kept.values()) if kept else "",
                 str(row["sites"]["swapped"]),
             ]
         )
     heads = ["model", "input", "format", "plain ms", *(f"plain / {name}" for name in present)]
     heads += ["plain / plain again"] if equals else []
     return table([*heads, "MB kept, plain / swapped", "sites"], lines)
-
-
-def measured_swap(rows: Rows) -> list[str]:
-    """Plain against what a measured swap kept, and plain against itself."""
-    lines = []
-    for row in rows:
-        kept = row.get("kept_for_backward_mb")
-        lines.append(
-            [
-                f"{row['model']}, {'training step' if row['training'] else 'inference'}",
-                _sample(row),
-                _milliseconds(row, "plain"),
-                _paired(row, "measured"),
-                _paired(row, "plain again"),
-                f"{kept['plain']:.0f} / {kept['measured']:.0f}" if kept else "",
-                f"{row['sites']['swapped']} of {row['sites']['swapped'] + row['sites']['skipped']}",
-            ]
-        )
-    heads = ["model", "input", "plain ms", "plain / measured swap", "plain / plain again", "MB kept, plain / swapped"]
-    return table([*heads, "sites"], lines)
 
 
 def _model_bars(rows: Rows) -> list[Bar]:
@@ -282,7 +262,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "device": device,
     "recurrent": recurrent,
     "models": models,
-    "measured_swap": measured_swap,
+    "measured_swap": models,
     "suite": suite,
 }
 

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,26 +125,25 @@ def verify(
         ours = _run(model, args, kwargs, backward, seed)
         spread: dict[tuple[str, str], float] = dict.fromkeys(base, 0.0)
         used = []
-        for label, run in _variants(reference_model, twins, args, kwargs, backward, seed, variants):
-            used.append(label)
-            _widen(spread, run, base)
-        rows = [_row(key, base.get(key), ours.get(key), spread.get(key, 0.0)) for key in {**base, **ours}]
+
+        def judged(runs: Iterable[tuple[str, dict[tuple[str, str], Tensor]]]) -> list[VerifyRow]:
+            """The rows, after some more runs of the reference model."""
+            for label, run in runs:
+                used.append(label)
+                for key in base.keys() & run.keys():
+                    spread[key] = max(spread[key], _difference(run[key].to(base[key].dtype), base[key]))
+            return [_row(key, base.get(key), ours.get(key), spread.get(key, 0.0)) for key in {**base, **ours}]
+
+        rows = judged(_variants(reference_model, twins, args, kwargs, backward, seed, variants))
         if not all(row.ok for row in rows) and "float64" not in variants:
-            with contextlib.suppress(Exception):  # a model that does not run in double: the rows stay as they are
-                twin = {"float64": copy.deepcopy(reference_model)}
-                for label, run in _variants(reference_model, twin, args, kwargs, backward, seed, ("float64",)):
-                    used.append(label)
-                    _widen(spread, run, base)
-                rows = [_row(key, base.get(key), ours.get(key), spread.get(key, 0.0)) for key in {**base, **ours}]
+            in_double: list[tuple[str, dict[tuple[str, str], Tensor]]] = []
+            with contextlib.suppress(Exception):  # a model that does not run in double: its rows stay not ok
+                twins = {"float64": copy.deepcopy(reference_model)}
+                in_double += _variants(reference_model, twins, args, kwargs, backward, seed, ("float64",))
+            rows = judged(in_double)
     if not any(row.kind == "output" for row in rows):
         raise ValueError("the models return no tensor that could be compared")
     return VerifyReport(rows, tuple(dict.fromkeys(used)))
-
-
-def _widen(spread: dict[tuple[str, str], float], run: Mapping[Any, Tensor], base: Mapping[Any, Tensor]) -> None:
-    """The worst difference so far of each row, with one more run of the reference model."""
-    for key in base.keys() & run.keys():
-        spread[key] = max(spread[key], _difference(run[key].to(base[key].dtype), base[key]))
 
 
 def _row(key: tuple[str, str], reference: Tensor | None, value: Tensor | None, spread: float) -> VerifyRow:

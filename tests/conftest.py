@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ if not HAS_CUDA:
 
 import evidence  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from measured_cases import SHORT  # noqa: E402
 
 from dlkern.bench import provenance  # noqa: E402
+from dlkern.tuning import answers, cache, policy  # noqa: E402
 
 #: More random cases than the tests ask for, as on a machine that is borrowed to find what others do not.
 EXAMPLES_TIMES = int(os.environ.get("DLKERN_EXAMPLES_TIMES", "1"))
@@ -30,6 +33,24 @@ settings.load_profile("dlkern")
 torch.manual_seed(0)
 
 _NO_DEVICE = "no CUDA device"
+
+
+@pytest.fixture
+def own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A tuning cache of its own, no measured answers from elsewhere, and none left behind."""
+    monkeypatch.delenv("DLKERN_BACKEND", raising=False)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    answers.clear()
+    yield
+    answers.clear()
+    assert answers.epoch == 0
+
+
+@pytest.fixture
+def short_races(own_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured swaps are done as soon as may be."""
+    monkeypatch.setitem(policy.measured_swap.__kwdefaults__, "effort", SHORT)
+    monkeypatch.setattr(policy, "_STEP_SECONDS", 0.0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

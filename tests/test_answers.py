@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import timeit
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,12 +22,7 @@ X = torch.ones(4, 8, 16, 16)
 TORCH = Answer("torch", 0.8, 0.7, 0.9, 1e-3, "cpu")
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("DLKERN_BACKEND", raising=False)
-    answers.clear()
-    yield
-    answers.clear()
+pytestmark = pytest.mark.usefixtures("own_answers")
 
 
 def _key(*shape: int) -> Key:

@@ -23,7 +23,6 @@ from dlkern import cli, dispatch, info
 from dlkern.bench import cases, measure, models, ops, sequences, suite
 from dlkern.bench import parity as packaged_parity
 from dlkern.bench.cases import atrous, base, batch_norm_act, conv_bn_act, depthwise, transposed
-from dlkern.tuning import answers
 
 #: Ops whose cases come with a residual, too.
 WITH_RESIDUAL = ("batch_norm_act", "conv_bn_act")
@@ -379,16 +378,7 @@ def test_a_model_with_maps_in_a_dict_and_half_precision_trains(model_file: Path)
     assert all(parameter.dtype == torch.float32 for parameter in problem.plain.parameters())
 
 
-@pytest.fixture
-def no_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A tuning cache of its own, and no answers of it left behind."""
-    monkeypatch.setenv("DLKERN_CACHE_DIR", str(tmp_path))
-    answers.clear()
-    yield
-    answers.clear()
-
-
-@pytest.mark.usefixtures("no_answers")
+@pytest.mark.usefixtures("own_answers")
 @pytest.mark.parametrize("training", [True, False])
 def test_a_measured_swap_is_a_candidate_and_sequences_are_samples(training: bool) -> None:
     problem = models.ModelProblem(models.ModelCase("dlkern.bench.sequences:gru", training, 8, 8), CPU)

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from measured_cases import slowly
 from torch import Tensor, nn
 
 import dlkern
 from dlkern import dispatch
 from dlkern.bench import measure, segmentation
-from dlkern.tuning import answers, cache, policy, race, record
+from dlkern.tuning import answers, policy, race, record
 from dlkern.tuning import step as stepping
 
 SLOW = 0.01
-SHORT = race.Effort(0.0, 3, 3)
 
 
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache of its own, no answers from elsewhere, and short races."""
-    monkeypatch.delenv("DLKERN_BACKEND", raising=False)
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setitem(policy.measured_swap.__kwdefaults__, "effort", SHORT)
-    monkeypatch.setattr(policy, "_STEP_SECONDS", 0.0)
-    answers.clear()
-    yield
-    answers.clear()
-    assert answers.epoch == 0
-
-
-def _slowly(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-    original = getattr(owner, name)
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(SLOW)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, slow)
+pytestmark = pytest.mark.usefixtures("short_races")
 
 
 def _paced(monkeypatch: pytest.MonkeyPatch, factor: Callable[[str], float]) -> list[str]:
@@ -263,7 +241,7 @@ def test_a_transposed_backend_with_wrong_gradients_is_set_aside(
 @pytest.mark.parametrize("make", [_aspp, _deconv])
 def test_slow_kernels_lose_by_the_clock_itself(monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module]) -> None:
     for op in ("atrous", "transposed", "conv_bn_act", "batch_norm_act"):
-        _slowly(monkeypatch, dispatch.implementation(op, "cpu"), "forward")
+        slowly(monkeypatch, dispatch.implementation(op, "cpu"), "forward", SLOW)
     model = nn.Sequential(make()).eval()
     dlkern.swap(model, sample=torch.randn(2, 6 if make is _aspp else 4, 6, 5), policy="measured")
     assert dlkern.report(model).swapped == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,12 @@ from test_cli import TINY
 
 from dlkern import cli, dispatch, doctor
 from dlkern.bench import cases
-from dlkern.tuning import answers, cache, policy, progress
+from dlkern.tuning import cache, policy, progress
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("DLKERN_BACKEND", raising=False)
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+def _alone(own_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "_STEP_SECONDS", 0.0)
-    answers.clear()
-    yield
-    answers.clear()
 
 
 @pytest.fixture

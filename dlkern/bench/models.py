@@ -24,8 +24,9 @@ from .results import Result
 DEFAULT = ("torchvision:resnet18",)
 
 PLAIN, AGAIN = "plain", "plain again"
-#: Candidates that are dlkern's: swapped by the default orders, by a measured swap, and frozen.
-OURS = ("swapped", "measured", "frozen")
+#: Candidates that are dlkern's: swapped by the default orders or by a measured swap, and frozen.
+SWAPPED = ("swapped", "measured")
+OURS = (*SWAPPED, "frozen")
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,9 @@ def run(
     min_seconds: float,
     min_rounds: int = 10,
     max_rounds: int = 200,
+    made: Mapping[str, nn.Module] | None = None,
 ) -> list[Result]:
-    """A row per candidate, all timed in turn with the plain model.
+    """A row per candidate, all timed in turn with the plain model; ``made`` are those that the caller has already.
 
     dlkern's candidates are verified first; a red one is not timed. torch.compile's is PyTorch's own, and a peer.
     """
@@ -176,7 +178,7 @@ def run(
     models_by_name: dict[str, nn.Module] = {}
     for name in (PLAIN, AGAIN, *rows):  # all of them before a step moves the plain model's parameters
         with _red(rows.get(name)):
-            model = problem.candidate(name)
+            model = made[name] if made and name in made else problem.candidate(name)
             if name in OURS and (why := problem.verify(model)):
                 raise AssertionError(why)
             models_by_name[name] = model
@@ -192,7 +194,7 @@ def run(
             peak = measure.peak_bytes(step, device)
             if peak is not None:
                 peaks[name] = peak
-            if name in OURS[:2]:
+            if name in SWAPPED:
                 rows[name].backend = ", ".join(dict.fromkeys(r.backend for r in dlkern.report(model).swapped))
             steps[name] = step
     comparison = measure.compare(

@@ -128,21 +128,22 @@ class AttentionProblem:
         self.case, self.device = case, torch.device(device)
         generator = torch.Generator().manual_seed(0)
         b, h, n, d = case.batch, case.heads, case.length, case.dim
-        self.qkv = [torch.randn(b, n, h, d, generator=generator) for _ in range(3)]
-        self.grad = torch.randn(b, n, h, d, generator=generator)
-        self.padding = torch.arange(n) >= torch.tensor(case.lengths or (n,) * b)[:, None]
+
+        def drawn(*shape: int) -> Tensor:  # the same numbers on every device
+            return torch.randn(shape, generator=generator).to(self.device)
+
+        self.qkv = [drawn(b, n, h, d) for _ in range(3)]
+        self.grad = drawn(b, n, h, d)
+        self.padding = (torch.arange(n) >= torch.tensor(case.lengths or (n,) * b)[:, None]).to(self.device)
         self.tokens = (~self.padding).flatten().nonzero().flatten()
         lengths = torch.tensor((0, *case.lengths))
-        self.ends = lengths.cumsum(0)
+        self.ends = lengths.cumsum(0).to(self.device)
         side = round(n**0.5)
-        self.table = torch.randn((2 * side - 1) ** 2 if case.kind == "relative" else 32, h, generator=generator)
+        self.table = drawn((2 * side - 1) ** 2 if case.kind == "relative" else 32, h)
         steps = torch.arange(side)
         at = torch.stack(torch.meshgrid(steps, steps, indexing="ij")).flatten(1)
         rows, columns = at[:, :, None] - at[:, None, :] + side - 1
-        self.index = rows * (2 * side - 1) + columns
-        for name in ("grad", "padding", "tokens", "ends", "table", "index"):
-            setattr(self, name, getattr(self, name).to(self.device))
-        self.qkv = [t.to(self.device) for t in self.qkv]
+        self.index = (rows * (2 * side - 1) + columns).to(self.device)
 
     # ------------------------------------------------------------------------------------ calls
     def _eager(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class RecurrentCase:
 
 
 def _gpu_cases() -> list[RecurrentCase]:
-    case = functools.partial(RecurrentCase, "lstm", steps=512, packed=False, cell=False)
+    case = functools.partial(RecurrentCase, "lstm", steps=512)
     found = []
     for training in (False, True):
         for hidden, half, brain in ((256, (1.3, 1.1), (1.5, 1.3)), (512, (1.3, 1.1), (1.5, 1.3)),
@@ -145,11 +145,14 @@ class RecurrentProblem:
         self.case, self.device = case, torch.device(device)
         generator = torch.Generator().manual_seed(0)
         shape = (case.batch, case.hidden) if case.cell else (case.steps, case.batch, case.hidden)
-        self.x = torch.randn(shape, generator=generator)
+
+        def drawn(shape: tuple[int, ...]) -> Tensor:  # the same numbers on every device
+            return torch.randn(shape, generator=generator).to(self.device)
+
+        self.x = drawn(shape)
         states = shape if case.cell else (1, case.batch, case.hidden)
-        self.states = [torch.randn(states, generator=generator) for _ in range(2 if case.op == "lstm" else 1)]
-        self.grad = torch.randn(shape, generator=generator).to(self.device)
-        self.x, self.states = self.x.to(self.device), [s.to(self.device) for s in self.states]
+        self.states = [drawn(states) for _ in range(2 if case.op == "lstm" else 1)]
+        self.grad = drawn(shape)
         # lengths from half of the steps to all of them
         self.lengths = [case.steps - (b * case.steps) // (2 * case.batch) for b in range(case.batch)]
 
@@ -164,9 +167,8 @@ class RecurrentProblem:
             )
         with torch.no_grad():
             for parameter in (p for n, p in made.named_parameters() if n.startswith(("norm_ih", "norm_hh"))):
-                parameter.fill_(
-                    0.1
-                )  # at 1 gradients grow over 128 steps, and the rounding of two right paths with them
+                # at 1 gradients grow over 128 steps, and the rounding of two right paths with them
+                parameter.fill_(0.1)
         made = made.to(self.device, dtype or case.dtype).train(case.variant != "zoneout")
         return _Loop(made) if loops else made
 
