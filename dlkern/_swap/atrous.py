@@ -28,8 +28,8 @@ from dlkern.ops import library
 
 from . import runtime
 from .classes import Plan, SwappedSite, plan_of
-from .codegen import Source
 from .results import Row
+from .source import Source
 
 Filter = Callable[[nn.Module, str], bool]
 

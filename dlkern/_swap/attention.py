@@ -16,8 +16,8 @@ from dlkern.ops import attention as op
 
 from . import retarget, runtime, windows
 from .classes import Plan, SwappedSite, plan_of
-from .codegen import Source
 from .results import Row
+from .source import Source
 
 Filter = Callable[[nn.Module, str], bool]
 

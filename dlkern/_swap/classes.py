@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .codegen import Source, evaluate
+from .source import Source, evaluate
 
 _ATTRIBUTE = "_dlkern_plan"
 

@@ -1,126 +1,34 @@
 """From a traced forward with its sites to the source of a guarded forward.
 
 The source reads everything at the call (modules, parameters, modes), so it stays true when they
-change; whatever the trace took for granted is a guard. Names in the source are bound by a table of
-importable names and literals: source and table are strings, so a class made of them can be copied,
-pickled and rebuilt in a fresh process.
+change; whatever the trace took for granted is a guard.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
-import math
 import operator
 import sys
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from dlkern import activations
-from dlkern.kernels.activation import Activation
 
 from . import batch_norm_act as rule
 from . import conv_bn_act, depthwise, runtime
 from .batch_norm_act import Site
+from .source import Names, Source
 from .trace import TENSOR, UNKNOWN, VALUE, Kind, Trace, is_plain
 from .witness import Refused, plain_globals
-
-
-class Source(NamedTuple):
-    """A generated forward: its text and what the names in it stand for (all strings)."""
-
-    text: str
-    names: tuple[tuple[str, str, str], ...]  # (name, module, qualified name), or (name, "", literal)
-
-
-class _Names:
-    """Gives every function, class and constant a name in the generated source."""
-
-    def __init__(self) -> None:
-        self._names: dict[tuple[str, str], str] = {}
-
-    def imported(self, value: Any) -> str:
-        return self._name("g", *_importable(value))
-
-    def literal(self, value: Any) -> str:
-        text = self._text(value)
-        return text if len(text) <= 8 and "(" not in text else self._name("k", "", text)
-
-    def builtin(self, name: str) -> str:
-        """A builtin, under a name that no argument can hide."""
-        return self._name("b", "builtins", name)
-
-    def module(self, name: str) -> str:
-        """A module itself, for what is read from it at the call."""
-        return self._name("i", name, "")
-
-    def table(self) -> tuple[tuple[str, str, str], ...]:
-        return tuple((name, module, text) for (module, text), name in self._names.items())
-
-    def _name(self, prefix: str, module: str, text: str) -> str:
-        return self._names.setdefault((module, text), f"_{prefix}{len(self._names)}")
-
-    def _text(self, value: Any) -> str:
-        if isinstance(value, Activation):
-            return f"Activation({value.name!r}, {self._text(value.param)})"
-        if type(value) is float and not math.isfinite(value):
-            return f"float({str(value)!r})"
-        if isinstance(value, torch.dtype):
-            return str(value)
-        if isinstance(value, (torch.device, torch.memory_format, torch.layout)):
-            return f"torch.{value!r}" if isinstance(value, torch.device) else str(value)
-        if type(value) is list:
-            return f"[{', '.join(map(self._text, value))}]"
-        if type(value) is tuple:
-            return f"({''.join(self._text(v) + ', ' for v in value)})"
-        if type(value) is dict:
-            return "{" + ", ".join(f"{self._text(k)}: {self._text(v)}" for k, v in value.items()) + "}"
-        if value is None or value is ... or type(value) in (bool, int, float, complex, str):
-            return "..." if value is ... else repr(value)
-        raise Refused(f"uses a constant of type {type(value).__name__}")
-
-
-def evaluate(names: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
-    """The globals of a generated forward."""
-    scope: dict[str, Any] = {}
-    for name, module, text in names:
-        if module and not text:
-            scope[name] = importlib.import_module(module)
-        elif module:
-            scope[name] = operator.attrgetter(text)(importlib.import_module(module))
-        else:
-            scope[name] = eval(text, {"torch": torch, "Activation": Activation})
-    return scope
-
-
-def _importable(value: Any) -> tuple[str, str]:
-    """(module, qualified name) under which a fresh process finds this function or class."""
-    name, qualname = getattr(value, "__name__", ""), getattr(value, "__qualname__", "")
-    homes = (
-        getattr(value, "__module__", None),
-        "torch",
-        "torch.nn.functional",
-        "torch._C._nn",
-        "_operator",
-        "builtins",
-    )
-    for module in homes:
-        for candidate in filter(None, (qualname, name)):
-            with contextlib.suppress(ImportError, AttributeError):
-                if module and operator.attrgetter(candidate)(importlib.import_module(module)) is value:
-                    return module, candidate
-    raise Refused(f"uses {qualname or name or value!r}, which cannot be imported by name")
 
 
 # ----------------------------------------------------------------------------------------- a body
 class _Body:
     """One mode's statements and guards."""
 
-    def __init__(self, trace: Trace, sites: list[Site], names: _Names) -> None:
+    def __init__(self, trace: Trace, sites: list[Site], names: Names) -> None:
         self.trace, self.sites, self.names = trace, sites, names
         self.modules = dict(trace.root.named_modules())
         self.locals: dict[str, str] = {}  # module path -> local variable
@@ -427,7 +335,7 @@ def _is_dead(node: fx.Node) -> bool:
     return not node.users and (node.op == "get_attr" or node.target in (getattr, operator.getitem))
 
 
-def _argument_guard(expression: str, kind: Kind, names: _Names) -> str:
+def _argument_guard(expression: str, kind: Kind, names: Names) -> str:
     if kind in (TENSOR, VALUE):
         return f"{names.builtin('isinstance')}({expression}, {names.imported(torch.Tensor)})"
     tag, inner = kind
@@ -452,7 +360,7 @@ def forward_source(base: type[nn.Module], modes: dict[bool, tuple[Trace, list[Si
     ``modes`` maps ``training`` to a local trace and its sites; a mode that is absent runs the base's
     forward. Raises Refused where something in a trace cannot be written down.
     """
-    names = _Names()
+    names = Names()
     bodies = {training: _Body(trace, sites, names) for training, (trace, sites) in modes.items()}
     signature = inspect.signature(base.forward)
     parameters, arguments = [], []

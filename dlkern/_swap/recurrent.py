@@ -16,8 +16,8 @@ from dlkern.kernels.reference.recurrent import Request
 
 from . import runtime
 from .classes import Plan, SwappedSite, plan_of
-from .codegen import Source
 from .results import Row
+from .source import Source
 
 Filter = Callable[[nn.Module, str], bool]
 

@@ -13,7 +13,7 @@ from dlkern.kernels.reference.attention import Extras, Options
 from dlkern.ops import attention as _attention
 from dlkern.ops.library import unwatched
 
-from .arguments import autocast
+from .arguments import autocast, check_tensor
 from .attention_bias import RelativePositionBias, T5Bias, check_device, check_values
 from .dtypes import DTYPES
 
@@ -124,8 +124,7 @@ def attention(
 # -------------------------------------------------------------------------------------- checks
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(name, t)
         if t.dim() < 3:
             raise ValueError(f"{name}: expected (..., heads, length, dim), got shape {tuple(t.shape)}")
         if t.dtype not in DTYPES:

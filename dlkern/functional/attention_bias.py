@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dlkern.ops.library import unwatched
 
+from .arguments import check_tensor
 from .dtypes import HALF_DTYPES
 
 
@@ -102,8 +103,7 @@ def _kept_rows(bidirectional: bool, num_buckets: int, max_distance: int, device:
 
 def check_device(name: str, t: Tensor, query: Tensor) -> None:
     """Raise where t is no tensor, or not on query's device."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    check_tensor(name, t)
     if t.device != query.device:
         raise RuntimeError(f"{name}: expected device {query.device} like query, got {t.device}")
 

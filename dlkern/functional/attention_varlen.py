@@ -11,7 +11,7 @@ from dlkern.kernels.reference.attention import Extras, Options
 from dlkern.ops import attention as _attention
 from dlkern.ops.library import unwatched
 
-from .arguments import autocast
+from .arguments import autocast, check_tensor
 from .attention import Window, _band, _check_options, _check_tensors
 from .attention_bias import T5Bias, check_values
 
@@ -62,8 +62,7 @@ def attention_varlen(
         RuntimeError: tensors on several devices, or a forced backend that cannot run this.
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(name, t)
         if t.dim() != 3:
             raise ValueError(f"{name}: expected (total length, heads, dim), got shape {tuple(t.shape)}")
     query, key, value = (t.transpose(0, 1) for t in autocast(query, key, value))

@@ -16,6 +16,7 @@ from dlkern.ops.recurrent import Family, Weights
 from dlkern.ops.recurrent_layers import Variant
 
 from . import recurrent_checks as checks
+from .arguments import check_tensor
 from .recurrent_variants import variant as _variant
 from .recurrent_variants import with_extras
 
@@ -320,12 +321,10 @@ def _cell(
     layer_norm: Sequence[Tensor],
     peephole: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    if h is not None and not isinstance(h, Tensor):
-        raise TypeError(f"h: expected a Tensor, got {type(h).__name__}")
-    if c is not None and not isinstance(c, Tensor):
-        raise TypeError(f"c: expected a Tensor, got {type(c).__name__}")
+    check_tensor("x", x)
+    for name, state in (("h", h), ("c", c)):
+        if state is not None:
+            check_tensor(name, state)
     rank = x.dim()
     if rank not in (1, 2):
         raise ValueError(f"x: expected (B, I) or (I,), got shape {tuple(x.shape)}")

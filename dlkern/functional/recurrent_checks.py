@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dlkern.ops import library
 from dlkern.ops.recurrent import Family, Weights
 
+from .arguments import check_tensor
 from .dtypes import DTYPES
 
 
@@ -43,8 +44,7 @@ def split(op: Family, x: Tensor, weights: Sequence[Tensor], num_layers: int, dir
         hr = part[-1] if each % 2 else None
         bias = part[2:4] if each >= 4 else (None, None)
         for place, value in enumerate(part):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"weights[{index * each + place}]: expected a Tensor, got {type(value).__name__}")
+            check_tensor(f"weights[{index * each + place}]", value)
         made = Weights(part[0], part[1], bias[0], bias[1], hr)
         first = index < directions
         if not first:
@@ -104,8 +104,7 @@ def check_dtype(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def check_state(name: str, state: Tensor, x: Tensor, expected: tuple[int, ...]) -> None:
-    if not isinstance(state, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(state).__name__}")
+    check_tensor(name, state)
     if state.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(state.shape)}")
     if state.dtype is not x.dtype:
