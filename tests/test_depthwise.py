@@ -81,6 +81,12 @@ CASES = [
     Case((1, 1, 150, 260), multiplier=2, layout=PLANES),
     # large enough for stores past the caches, and for many partial results
     Case((2, 64, 96, 96), statistics=True, bias=True),
+    Case((2, 64, 96, 96), (5, 5), (2, 2), (2, 2, 2, 2)),
+    Case((1, 208, 72, 72), (7, 7), padding=(3, 3, 3, 3)),
+    Case((1, 256, 66, 66), padding=(2, 2, 2, 2), dilation=(2, 2)),
+    Case((1, 40, 120, 120), dtype=F64),
+    Case((1, 96, 150, 150), dtype=BF16, statistics=True),
+    Case((1, 96, 150, 150), (3, 3), (2, 2), dtype=F16, activation="relu", bias=True),
     *(case._replace(dtype=dtype, statistics=True) for dtype in (F64, BF16, F16) for case in both(
         Case((2, 19, 9, 17), bias=True), Case((2, 9, 9, 17), (7, 7), (2, 2), (3, 3, 3, 3)),
         Case((1, 5, 9, 10), (4, 3), (1, 3), (2, 3, 4, 0), (2, 2), multiplier=3),

@@ -12,7 +12,7 @@ struct Correlation {
   const A* bias;             // or null
   int activation;
   double param;
-  bool streaming;  // stores go past the caches
+  bool streaming;  // stores go past the caches: channels are whole cache lines
   const A* shift;  // with sums of y - shift and of its squares: (channels,) each, or null
   A *sum, *square;
   const T* ahead[2];    // rows of the input that the next row of outputs needs, or null
@@ -39,10 +39,31 @@ DLKERN_INLINE V as_stored(V v) {
     return v;
 }
 
+// What is stored past the caches: whole lines at once. A processor has few buffers for lines that are written so, and
+// one that is taken from a line half full is written to memory as it is, at a loss.
+template <class T, int kWidth>
+struct Lines {
+  typedef vec_t<T> V;
+  static constexpr int kVectors = 64 / (kLanes<T> * (int)sizeof(T));
+  V held[kVectors][kWidth];
+
+  // Vectors of kWidth pixels, `next` elements apart, from channel c on; stored once their lines are full.
+  DLKERN_INLINE void add(const V (&v)[kWidth], T* out, int64_t next, int64_t c) {
+    const int last = (int)(c / kLanes<T> % kVectors);
+    DLKERN_UNROLL
+    for (int i = 0; i < kWidth; ++i) held[last][i] = v[i];
+    if (last < kVectors - 1) return;
+    DLKERN_UNROLL
+    for (int i = 0; i < kWidth; ++i) DLKERN_UNROLL
+    for (int q = 0; q < kVectors; ++q) stream(out + i * next + (q - last) * kLanes<T>, held[q][i]);
+  }
+};
+
 // kStep > 0: taps side by side, outputs kStep columns apart; each column under the tile is loaded once, and with kEdge
 // those outside the image are left out. kStep 0: any distances, all taps inside the image.
 template <class T, int kTaps, int kStep, int kWidth, bool kEdge, bool kTail>
-DLKERN_INLINE void tile_step(const Tile<T>& tile, int64_t column, int64_t weight_offset, T* out, int64_t c, int n) {
+DLKERN_INLINE void tile_step(const Tile<T>& tile, int64_t column, int64_t weight_offset, T* out, int64_t c, int n,
+                             Lines<T, kWidth>& lines) {
   typedef vec_t<T> V;
   const Correlation<T>& p = tile.c;
   V acc[kWidth];
@@ -80,8 +101,7 @@ DLKERN_INLINE void tile_step(const Tile<T>& tile, int64_t column, int64_t weight
   finish<kWidth>(acc, p.activation, p.param);
   const int64_t next = tile.axis.stride * p.out_pixel;
   if (!kTail && p.streaming) {
-    DLKERN_UNROLL
-    for (int i = 0; i < kWidth; ++i) stream(out + i * next + c, acc[i]);
+    lines.add(acc, out + c, next, c);
   } else {
     DLKERN_UNROLL
     for (int i = 0; i < kWidth; ++i) store<kTail>(out + i * next + c, acc[i], n);
@@ -108,6 +128,7 @@ DLKERN_NOINLINE void run_tile(const Tile<T>& tile) {
   const int64_t weight_offset = (tile.axis.first + tile.first * tile.axis.next) * p.weight_tap;
   T* out = tile.out + (tile.axis.start + tile.t * tile.axis.stride) * p.out_pixel;
   const int64_t ahead = tile.t * tile.axis.step * p.ahead_pixel;
+  Lines<T, kWidth> lines;
   int64_t c = tile.begin;
   for (; c + lanes <= tile.end; c += lanes) {
     if ((c * sizeof(T)) % 64 == 0) {
@@ -115,10 +136,10 @@ DLKERN_NOINLINE void run_tile(const Tile<T>& tile) {
         for (int i = 0; row && i < kWidth * (kStep ? kStep : 1); ++i)
           __builtin_prefetch(row + (ahead + i * p.ahead_pixel + c), 0, kStep ? 2 : 3);
     }
-    tile_step<T, kTaps, kStep, kWidth, kEdge, false>(tile, column, weight_offset, out, c, lanes);
+    tile_step<T, kTaps, kStep, kWidth, kEdge, false>(tile, column, weight_offset, out, c, lanes, lines);
   }
   if (c < tile.end)
-    tile_step<T, kTaps, kStep, kWidth, kEdge, true>(tile, column, weight_offset, out, c, (int)(tile.end - c));
+    tile_step<T, kTaps, kStep, kWidth, kEdge, true>(tile, column, weight_offset, out, c, (int)(tile.end - c), lines);
 }
 
 // Where output channels are not input channels: depth multipliers above 1.
