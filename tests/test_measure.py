@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,30 @@ def test_compare_chooses_calls_from_the_fastest() -> None:
     candidates = {"a": clock.candidate("a", lambda n: 1e-4), "b": clock.candidate("b", lambda n: 1e-2)}
     found = measure.compare(candidates, warmup=0, min_rounds=2, min_seconds=0.0, sample_seconds=1e-3, clock=clock)
     assert found.calls == 10
+
+
+def test_compare_gives_short_calls_their_own_caches() -> None:
+    clock = FakeClock()
+    candidates = {  # the first call after another candidate's is slow; the slower one is no longer short, by itself
+        "a": clock.candidate("a", lambda n: 1e-3 if clock.calls[-2:] == ["a", "a"] else 5e-3),
+        "b": clock.candidate("b", lambda n: 4e-2 if clock.calls[-2:] == ["b", "b"] else 5e-2),
+    }
+    found = measure.compare(candidates, warmup=2, min_rounds=4, min_seconds=0.0, clock=clock)
+    assert found.calls == 1
+    assert found.time("a") == pytest.approx(measure.Spread(1e-3, 1e-3, 1e-3))
+    assert found.time("b") == pytest.approx(measure.Spread(4e-2, 4e-2, 4e-2))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options"), [(0.03, {}), (1e-3, {"calls": 1}), (1e-3, {"cold_cache": True})], ids=str
+)
+def test_compare_adds_no_call(seconds: float, options: dict[str, Any]) -> None:
+    """Where calls are long, their number was given (ranks count on it), or caches are to be cold."""
+    clock = FakeClock()
+    candidates = {name: clock.candidate(name, lambda n: seconds) for name in "ab"}
+    measure.compare(candidates, warmup=0, min_rounds=2, min_seconds=0.0, max_rounds=2, clock=clock, **options)
+    tried = [] if options else ["a", "b"]  # how long they take
+    assert clock.calls == [*tried, "a", "b", "b", "a"]
 
 
 def test_compare_goes_on_for_the_least_time() -> None:
