@@ -214,7 +214,7 @@ def test_bench_of_an_op_prints_and_writes(tmp_path: Path, capsys: pytest.Capture
     for row in facts["rows"]:
         assert row["parity"] == "ok"
         assert row["shape"] == [2, 5, 4, 3]
-        assert row["measured"]["rounds"] >= 15
+        assert row["measured"]["rounds"] >= 7
         assert row["ratio"] == pytest.approx(row["measured"]["ratio"]["dlkern"]["paired"][0], abs=1e-3)
         assert set(row["kept_for_backward_mb"]) == {"eager", "dlkern"}
 

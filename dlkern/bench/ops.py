@@ -15,6 +15,9 @@ from .cases import Case, Problem
 from .cases.base import Unsupported, chosen
 from .results import Result
 
+#: Rounds of one comparison, at least: those that decide where a call takes long.
+_ROUNDS = 7
+
 
 def backends(op: str, device_type: str) -> list[str]:
     """The backends of dlkern's own that can run an op at full speed here (Triton's interpreter does not)."""
@@ -74,6 +77,6 @@ def measured(
 def _compared(steps: dict[str, Callable[[], object]], device: torch.device, min_seconds: float) -> measure.Comparison:
     """The calls in turn: on a GPU as replays of CUDA graphs, on a cold cache as in a whole step."""
     if device.type != "cuda":
-        return measure.compare(steps, device=device, min_seconds=min_seconds)
+        return measure.compare(steps, device=device, min_seconds=min_seconds, min_rounds=_ROUNDS)
     replays = {name: measure.graphed(step) for name, step in steps.items()}
     return measure.compare(replays, device=device, min_seconds=min_seconds, cold_cache=True)
