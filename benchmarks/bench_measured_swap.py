@@ -31,4 +31,5 @@ def test_measured_swap(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("DLKERN_CACHE_DIR", str(tmp_path))  # nothing that was measured before counts
+    monkeypatch.setenv("DLKERN_TABLES", "0")
     model_rows.run(spec, training, "nchw", ["measured"], benchmark, record, device, request)

@@ -15,6 +15,7 @@ if not HAS_CUDA and importlib.util.find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
 if not HAS_CUDA:
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when numba is imported
+os.environ["DLKERN_TABLES"] = "0"  # nothing that was measured elsewhere: tests choose for themselves
 
 import evidence  # noqa: E402
 from hypothesis import settings  # noqa: E402

@@ -27,7 +27,8 @@ class Answer(NamedTuple):
 
     ``ratio`` is PyTorch's time divided by the time of ``rival``: the winner's or, where PyTorch won, that of the
     fastest correct backend beside it (None where there was none). ``low`` and ``high`` are its p20 and p80, ``seconds``
-    is PyTorch's time. ``wrong`` has the backends that gave wrong numbers on this device, with what was wrong.
+    is PyTorch's time. ``wrong`` has the backends that gave wrong numbers on this device, with what was wrong. A
+    ``shipped`` answer was not measured here but on another device of this name: it came with dlkern.
     """
 
     backend: str
@@ -37,9 +38,14 @@ class Answer(NamedTuple):
     seconds: float | None = None
     rival: str | None = None
     wrong: tuple[tuple[str, str], ...] = ()
+    shipped: bool = False
 
     def in_words(self) -> str:
         """The reason that ``dispatch.Choice`` and reports show."""
+        text = self._in_words()
+        return text.replace("measured", "measured on a like device", 1) if self.shipped else text
+
+    def _in_words(self) -> str:
         if self.backend != "torch":
             return f"measured: {self.ratio:.2f}x PyTorch" if self.ratio is not None else "measured"
         if self.rival is not None and self.ratio is not None:

@@ -2,6 +2,8 @@
 
 Right with many writers on one host: a writer locks, reads what the others wrote, merges, and replaces the file in one
 step, so that a reader sees the old file or the new one, and a writer that is killed leaves the old one.
+
+Files of this format that came with dlkern (``TABLES``) hold for devices of the same name.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ SCHEMA = 1
 _FORMAT = "dlkern tuning cache"
 #: Names a folder for the cache instead of the default one.
 VARIABLE = "DLKERN_CACHE_DIR"
+#: "0" leaves out the tables that came with dlkern.
+TABLES_VARIABLE = "DLKERN_TABLES"
+#: Answers measured by ``dlkern tune --suite``, a file each for a device and versions.
+TABLES = Path(__file__).with_name("shipped")
 _VERSIONS = ("dlkern", "torch", "triton", "cuda driver")
 
 
@@ -175,6 +181,52 @@ def _set_aside(file: Path, why: str) -> list[tuple[Key, Answer]]:
     return []
 
 
+# ------------------------------------------------------------------------------------- shipped
+_measuring = False
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """No table that came with dlkern counts inside: everything is measured here."""
+    global _measuring
+    before, _measuring = _measuring, True
+    try:
+        yield
+    finally:
+        _measuring = before
+
+
+def shipped(device_type: str) -> list[tuple[Key, Answer]]:
+    """The answers that came with dlkern for a device of this name, marked as such.
+
+    They hold for the same number of threads and the same minor releases of torch and triton. None inside
+    :func:`measuring`, or where DLKERN_TABLES is 0. A damaged table is left out, with a warning.
+    """
+    if _measuring or os.environ.get(TABLES_VARIABLE) == "0":
+        return []
+    own = _kind(identity(device_type))
+    found: list[tuple[Key, Answer]] = []
+    for file in sorted(TABLES.glob("*.json")):
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+            why = problem(document)
+        except (OSError, ValueError) as error:
+            document, why = {}, str(error)
+        if why is not None:
+            warnings.warn(f"dlkern: the table {file} is not used, since {why}", stacklevel=3)
+        elif _kind(document) == own:
+            entries = map(_entry, document["answers"])
+            found += [(key, answer._replace(shipped=True)) for key, answer in entries]
+    return found
+
+
+def _kind(about: dict[str, Any]) -> tuple[Any, ...]:
+    """What a table that came with dlkern must have in common with this process."""
+    versions = about["versions"]
+    minor = (".".join((versions.get(name) or "").split("+")[0].split(".")[:2]) for name in ("torch", "triton"))
+    return about["device"], about["threads"], *minor
+
+
 # ------------------------------------------------------------------------------------- writing
 def store(device_type: str, found: Iterable[tuple[Key, Answer]]) -> Path | None:
     """Add answers to the file of this device; returns its path.
@@ -247,12 +299,11 @@ def files() -> list[Path]:
 
 
 def show() -> str:
-    """The folder, and each file's device and answers, for people."""
+    """The folder, each file's device and answers, and the devices of the tables that came with dlkern, for people."""
     lines = [f"folder: {folder()}"]
-    found = files()
-    if not found:
-        return f"{lines[0]}\nnothing is remembered: dlkern tune MODEL measures"
-    for file in found:
+    if not files():
+        lines.append("nothing is remembered: dlkern tune MODEL measures")
+    for file in [*files(), *sorted(TABLES.glob("*.json"))]:
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
             why = problem(document)
@@ -263,7 +314,11 @@ def show() -> str:
             continue
         about = [document["device"], f"{document['threads']} threads" if document["threads"] else ""]
         about += [f"{name} {version}" for name, version in document["versions"].items() if version]
+        if file.parent == TABLES:
+            about.insert(0, "came with dlkern, for what was not measured here")
         lines.append(f"\n{', '.join(filter(None, about))}: {len(document['answers'])} answers")
+        if file.parent == TABLES:
+            continue
         for row in document["answers"]:
             key, answer = _entry(row)
             lines.append(f"  {key.op} {'x'.join(map(str, key.shape))}: {answer.backend} ({answer.in_words()})")

@@ -23,7 +23,7 @@ def model(
         ModelError: a spec that leads to no model, or a model that does not take images.
     """
     problem = ModelProblem(ModelCase(spec, training, batch, image_size, cases.DTYPES[dtype]), device)
-    with problem.amp():
+    with problem.amp(), cache.measuring():
         dlkern.swap(
             problem.plain,
             sample=problem.images,

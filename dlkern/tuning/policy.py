@@ -138,7 +138,7 @@ def _measured_swap(
     say: progress.Say,
 ) -> Verdict:
     step = Step(model, sample)
-    remembered = _from_first(lambda: cache.load(step.device.type))
+    remembered = _from_first(lambda: [*cache.load(step.device.type), *cache.shipped(step.device.type)])
     answers.put((key, answer) for key, answer in remembered if answers.exact(key) is None)
     native = _measure(model, step, filter_fn, default, effort, say)
     variants = {"swapped": Variant.of(model)}
