@@ -119,6 +119,15 @@ def problem(document: Any, about: dict[str, Any] | None = None) -> str | None:
     return None
 
 
+def _looked_at(file: Path) -> tuple[dict[str, Any], str | None]:
+    """A file's document, and what is wrong with it, in words; the file stays as it is."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, str(error)
+    return document, problem(document)
+
+
 def _row_problem(row: Any) -> str | None:
     if not isinstance(row, dict):
         return f"expected an object, got {type(row).__name__}"
@@ -207,16 +216,11 @@ def shipped(device_type: str) -> list[tuple[Key, Answer]]:
     own = _kind(identity(device_type))
     found: list[tuple[Key, Answer]] = []
     for file in sorted(TABLES.glob("*.json")):
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-            why = problem(document)
-        except (OSError, ValueError) as error:
-            document, why = {}, str(error)
+        document, why = _looked_at(file)
         if why is not None:
             warnings.warn(f"dlkern: the table {file} is not used, since {why}", stacklevel=3)
         elif _kind(document) == own:
-            entries = map(_entry, document["answers"])
-            found += [(key, answer._replace(shipped=True)) for key, answer in entries]
+            found += [(key, answer._replace(shipped=True)) for key, answer in map(_entry, document["answers"])]
     return found
 
 
@@ -304,11 +308,7 @@ def show() -> str:
     if not files():
         lines.append("nothing is remembered: dlkern tune MODEL measures")
     for file in [*files(), *sorted(TABLES.glob("*.json"))]:
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-            why = problem(document)
-        except (OSError, ValueError) as error:
-            document, why = {}, str(error)
+        document, why = _looked_at(file)
         if why is not None:
             lines.append(f"\n{file.name}: not readable: {why}")
             continue
