@@ -84,11 +84,16 @@ def test_tables_can_be_left_out(tables: Path, monkeypatch: pytest.MonkeyPatch) -
     assert cache.shipped("cpu") == []
 
 
-def test_a_damaged_table_is_left_out(tables: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [({"schema": 99}, "its schema is 99"), ({"device": None}, "it does not say of which device and versions it is")],
+    ids=str,
+)
+def test_a_damaged_table_is_left_out(damage: dict[str, Any], why: str, tables: Path) -> None:
     cache.store("cpu", [(KEY, ANSWER)])
     _table(tables)
-    damaged = _table(tables, schema=99)
-    with pytest.warns(UserWarning, match=f"the table {damaged} is not used, since its schema is 99"):
+    damaged = _table(tables, **damage)
+    with pytest.warns(UserWarning, match=f"the table {damaged} is not used, since {why}"):
         assert [key for key, _ in cache.shipped("cpu")] == [KEY]
     assert damaged.exists()
 

@@ -110,6 +110,8 @@ def problem(document: Any, about: dict[str, Any] | None = None) -> str | None:
     own = {name: document.get(name) for name in ("device", "threads", "versions")}
     if about is not None and own != about:
         return f"it is of {own}, expected {about}"
+    if not isinstance(own["device"], str) or not isinstance(own["versions"], dict):
+        return "it does not say of which device and versions it is"
     rows = document.get("answers")
     if not isinstance(rows, list):
         return "it has no list of answers"
